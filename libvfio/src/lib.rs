@@ -1,0 +1,1 @@
+//! PCI functions, IOMMU groups, SR-IOV, resets and VFIO.

@@ -1,0 +1,1 @@
+//! The language the lab and its host speak.
