@@ -198,6 +198,12 @@ impl ConfigSpace {
         }
     }
 
+    /// Names of all capabilities found, in the order of their lists.
+    pub fn capability_names(&self) -> Vec<String> {
+        let conventional = self.capabilities.iter().map(ToString::to_string);
+        conventional.chain(self.extended.iter().map(ToString::to_string)).collect()
+    }
+
     /// The PCI Express capability; `None` for conventional PCI.
     pub fn pcie(&self) -> Option<&PciExpress> {
         self.capabilities.iter().find_map(|capability| match capability {

@@ -45,6 +45,20 @@ pub enum Capability {
     Other(u16),
 }
 
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerManagement(_) => f.write_str("power-management"),
+            Self::Msi { .. } => f.write_str("msi"),
+            Self::VendorSpecific => f.write_str("vendor-specific"),
+            Self::PciExpress(_) => f.write_str("pci-express"),
+            Self::Msix { .. } => f.write_str("msi-x"),
+            Self::AdvancedFeatures { .. } => f.write_str("advanced-features"),
+            Self::Other(id) => write!(f, "capability-{id:#04x}"),
+        }
+    }
+}
+
 /// Power management.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct PowerManagement {

@@ -51,6 +51,24 @@ pub enum ExtendedCapability {
     },
 }
 
+impl fmt::Display for ExtendedCapability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Aer => f.write_str("aer"),
+            Self::SerialNumber(_) => f.write_str("serial-number"),
+            Self::Acs(_) => f.write_str("acs"),
+            Self::Ari => f.write_str("ari"),
+            Self::Ats { .. } => f.write_str("ats"),
+            Self::SrIov(_) => f.write_str("sr-iov"),
+            Self::Pri { .. } => f.write_str("pri"),
+            Self::ResizableBar(_) => f.write_str("resizable-bar"),
+            Self::Pasid { .. } => f.write_str("pasid"),
+            Self::Dpc => f.write_str("dpc"),
+            Self::Other { id, .. } => write!(f, "extended-{id:#06x}"),
+        }
+    }
+}
+
 /// A device serial number. Shown as `lspci` does: `00-11-22-ff-fe-33-44-55`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SerialNumber(pub u64);

@@ -1,0 +1,99 @@
+//! The D-Bus interface `org.vfiod1` in Rust: what it is called, what its methods take and give,
+//! how it fails. Used by the daemon and by its callers alike, so that both mean the same.
+//! Talks to the bus only; never touches the host.
+
+mod failure;
+mod records;
+
+pub use failure::Failure;
+pub use records::{
+    BarRecord, DeviceRecord, GroupRecord, LeaseRecord, PlanRecord, ReasonRecord, StepRecord,
+};
+
+use std::collections::HashMap;
+
+use zbus::wire::{OwnedObjectPath, OwnedVariant, Variant};
+
+/// The daemon's name on the bus.
+pub const BUS_NAME: &str = "org.vfiod1";
+/// The root of its objects, where [`ManagerProxy`] is.
+pub const ROOT_PATH: &str = "/org/vfiod1";
+
+/// Options of a call; unknown ones are refused.
+pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
+/// A record as it is on the bus: a dictionary that may gain entries.
+pub type Dictionary = HashMap<String, OwnedVariant>;
+
+/// The daemon.
+#[zbus::proxy(
+    interface = "org.vfiod1.Manager",
+    default_service = "org.vfiod1",
+    default_path = "/org/vfiod1"
+)]
+pub trait Manager {
+    /// Leases devices to a tenant: their groups go to VFIO, all or none.
+    #[zbus(allow_interactive_auth)]
+    fn attach(
+        &self,
+        devices: &[&str],
+        tenant: &str,
+        options: Options<'_>,
+    ) -> Result<(String, OwnedObjectPath), Failure>;
+
+    /// Ends the lease that `target` names or is part of; answers the ids of those ended.
+    #[zbus(allow_interactive_auth)]
+    fn release(&self, target: &str, options: Options<'_>) -> Result<Vec<String>, Failure>;
+
+    /// What [`attach`](Self::attach) would do or why it would not, without doing it.
+    fn plan(&self, devices: &[&str], options: Options<'_>) -> Result<PlanRecord, Failure>;
+
+    /// Whether one device can be attached, and its group's story.
+    fn explain(&self, device: &str) -> Result<PlanRecord, Failure>;
+
+    /// Every PCI function.
+    fn list_devices(&self, options: Options<'_>) -> Result<Vec<DeviceRecord>, Failure>;
+
+    /// Every IOMMU group.
+    fn list_groups(&self) -> Result<Vec<GroupRecord>, Failure>;
+
+    /// Every lease.
+    fn list_leases(&self) -> Result<Vec<LeaseRecord>, Failure>;
+
+    /// The object of the device a name means.
+    fn get_device(&self, name: &str) -> Result<OwnedObjectPath, Failure>;
+
+    /// A lease changed state.
+    #[zbus(signal)]
+    fn lease_changed(&self, lease: &str, state: &str, reason: &str);
+
+    /// A device appeared.
+    #[zbus(signal)]
+    fn device_added(&self, address: &str);
+
+    /// A device changed: driver, override, group or VFs.
+    #[zbus(signal)]
+    fn device_changed(&self, address: &str);
+
+    /// A device went away.
+    #[zbus(signal)]
+    fn device_removed(&self, address: &str);
+
+    /// The daemon's version.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> Result<String, Failure>;
+}
+
+/// The path of a device's object.
+pub fn device_path(address: crate::address::PciAddress) -> String {
+    format!("{ROOT_PATH}/device/{}", address.to_string().replace([':', '.'], "_"))
+}
+
+/// The path of a group's object.
+pub fn group_path(number: u32) -> String {
+    format!("{ROOT_PATH}/group/{number}")
+}
+
+/// The path of a lease's object.
+pub fn lease_path(id: &str) -> String {
+    format!("{ROOT_PATH}/lease/{id}")
+}

@@ -1,0 +1,195 @@
+//! What can go wrong, in the same words on every surface: library, bus and command line.
+//! A plain type: touches nothing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::address::{InvalidAddress, PciAddress};
+use crate::plan::Refusal;
+use crate::step::StepError;
+
+/// The kinds of failure a caller can tell apart.
+///
+/// Each has one D-Bus error name and one exit status of `vfioctl`; both are part of the interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The request is malformed.
+    InvalidArgument,
+    /// Nothing has that name.
+    NotFound,
+    /// The caller may not do this.
+    NotAuthorized,
+    /// Something uses the device.
+    Busy,
+    /// The device cannot be isolated for a guest on this host as it is.
+    NotViable,
+    /// The host cannot live without the device.
+    Protected,
+    /// Another lease holds the device.
+    AlreadyLeased,
+    /// The device at that address is not the one that was meant.
+    IdentityMismatch,
+    /// A reset failed or left the device unwell.
+    ResetFailed,
+    /// The device is not trusted until an administrator clears it.
+    Quarantined,
+    /// A kernel operation on the device never returned.
+    Wedged,
+    /// The operation took longer than it may.
+    Timeout,
+    /// This device or host cannot do that.
+    Unsupported,
+    /// Anything else: the kernel refused a step, or a fault of ours.
+    Internal,
+}
+
+impl ErrorKind {
+    /// Every kind, in the order of their exit statuses.
+    pub const ALL: [Self; 14] = [
+        Self::Internal,
+        Self::InvalidArgument,
+        Self::NotFound,
+        Self::NotAuthorized,
+        Self::Busy,
+        Self::NotViable,
+        Self::Protected,
+        Self::AlreadyLeased,
+        Self::IdentityMismatch,
+        Self::ResetFailed,
+        Self::Quarantined,
+        Self::Wedged,
+        Self::Timeout,
+        Self::Unsupported,
+    ];
+
+    /// The last part of the D-Bus error name `org.vfiod1.Error.*`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "InvalidArgument",
+            Self::NotFound => "NotFound",
+            Self::NotAuthorized => "NotAuthorized",
+            Self::Busy => "Busy",
+            Self::NotViable => "NotViable",
+            Self::Protected => "Protected",
+            Self::AlreadyLeased => "AlreadyLeased",
+            Self::IdentityMismatch => "IdentityMismatch",
+            Self::ResetFailed => "ResetFailed",
+            Self::Quarantined => "Quarantined",
+            Self::Wedged => "Wedged",
+            Self::Timeout => "Timeout",
+            Self::Unsupported => "Unsupported",
+            Self::Internal => "Internal",
+        }
+    }
+
+    /// The kind with that [`name`](Self::name).
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// The exit status of `vfioctl` for this kind: its place in [`ALL`](Self::ALL), from 1.
+    pub fn exit_status(self) -> u8 {
+        Self::ALL.iter().zip(1..).find_map(|(kind, n)| (*kind == self).then_some(n)).unwrap_or(1)
+    }
+}
+
+/// An error of this library. Its text says what, why and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A text that is no PCI address.
+    #[error(transparent)]
+    Address(#[from] InvalidAddress),
+    /// No function has that address or name.
+    #[error("no PCI function '{name}' on this host{}", hint(nearest))]
+    NotFound {
+        /// What was asked for.
+        name: String,
+        /// What the caller may have meant.
+        nearest: Option<String>,
+    },
+    /// More than one function has that name.
+    #[error("'{name}' is ambiguous; name one of {}", candidates.join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        name: String,
+        /// Address and description of each function that matches.
+        candidates: Vec<String>,
+    },
+    /// A text that is neither an address, an id pair nor a class alias.
+    #[error(
+        "'{name}' names no device; use an address (03:00.0), vendor:device (10de:2330) or a class \
+         (gpu, nic, nvme){}",
+        hint(nearest)
+    )]
+    BadName {
+        /// What was asked for.
+        name: String,
+        /// What the caller may have meant.
+        nearest: Option<String>,
+    },
+    /// A file of the host could not be read or written.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done: `read`, `write`, `list`, `open`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A request that must not be carried out.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A step that the kernel did not carry out.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// VFIO refused a device that should be ready for a guest.
+    #[error("{address} cannot be opened through VFIO: {reason}")]
+    Vfio {
+        /// The function.
+        address: PciAddress,
+        /// What VFIO said.
+        reason: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Address(_) | Self::Ambiguous { .. } | Self::BadName { .. } => {
+                ErrorKind::InvalidArgument
+            }
+            Self::NotFound { .. } => ErrorKind::NotFound,
+            Self::Io { .. } => ErrorKind::Internal,
+            Self::Refused(refusal) => refusal.kind(),
+            Self::Step(error) => error.kind(),
+            Self::Vfio { .. } => ErrorKind::NotViable,
+        }
+    }
+}
+
+fn hint(nearest: &Option<String>) -> String {
+    nearest.as_ref().map(|name| format!("; did you mean {name}?")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_exit_statuses_are_distinct_and_found_again() {
+        for kind in ErrorKind::ALL {
+            assert_eq!(ErrorKind::from_name(kind.name()), Some(kind));
+        }
+        assert_eq!(ErrorKind::Internal.exit_status(), 1);
+        assert_eq!(ErrorKind::InvalidArgument.exit_status(), 2);
+        assert_eq!(ErrorKind::NotFound.exit_status(), 3);
+        assert_eq!(ErrorKind::Unsupported.exit_status(), 14);
+    }
+}

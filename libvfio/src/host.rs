@@ -1,0 +1,181 @@
+//! The host's files: sysfs, procfs, device nodes and module tables below one explicit root.
+//! The only module that reads or writes them. There is no default root: whoever wants the real
+//! host says so, and no test can touch the machine it runs on.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use sysfs_class::SysClass;
+
+use crate::address::PciAddress;
+use crate::error::Error;
+
+/// Where a host's kernel interfaces are found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostRoot {
+    root: PathBuf,
+}
+
+impl HostRoot {
+    /// The host whose `/` is `root`: `/` for the machine itself, any other directory for a
+    /// described or simulated one.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Whether this is the running machine, where device nodes are what they seem.
+    pub fn is_real(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
+    /// A path below the root; `path` is given without its leading slash.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.root.join(path)
+    }
+
+    /// The directory of a file or folder of sysfs, given relative to `/sys`.
+    pub fn sys(&self, path: impl AsRef<Path>) -> SysDir {
+        SysDir { path: self.root.join("sys").join(path) }
+    }
+
+    /// The sysfs directory of a PCI function.
+    pub fn function(&self, address: PciAddress) -> SysDir {
+        self.sys(format!("bus/pci/devices/{address}"))
+    }
+
+    /// A file of procfs, given relative to `/proc`; `None` if it is absent.
+    pub fn proc(&self, path: &str) -> Result<Option<String>, Error> {
+        read(&self.root.join("proc").join(path))
+    }
+
+    /// Ids of all processes.
+    pub fn processes(&self) -> Result<Vec<u32>, Error> {
+        let names = list(&self.root.join("proc"))?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// What a process has open, as its `fd` links say; nothing if it has ended meanwhile.
+    pub fn open_files(&self, pid: u32) -> impl Iterator<Item = PathBuf> {
+        let entries = fs::read_dir(self.root.join(format!("proc/{pid}/fd")));
+        entries.into_iter().flatten().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+    }
+
+    /// A file of the running kernel's module directory, such as `modules.alias`; `None` if absent.
+    pub fn modules(&self, file: &str) -> Result<Option<String>, Error> {
+        let Some(release) = self.proc("sys/kernel/osrelease")? else { return Ok(None) };
+        read(&self.root.join("lib/modules").join(release.trim()).join(file))
+    }
+
+    /// Writes `value` to a file below the root that is not in sysfs. For [`crate::step`] alone.
+    pub(crate) fn write(&self, path: &str, value: &str) -> io::Result<()> {
+        fs::OpenOptions::new().write(true).open(self.root.join(path))?.write_all(value.as_bytes())
+    }
+
+    /// A text file anywhere below the root; `None` if it is absent.
+    pub fn text(&self, path: &str) -> Result<Option<String>, Error> {
+        read(&self.root.join(path))
+    }
+}
+
+/// One directory of a host's sysfs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SysDir {
+    path: PathBuf,
+}
+
+impl SysClass for SysDir {
+    fn base() -> &'static str {
+        "bus"
+    }
+
+    fn class() -> &'static str {
+        "pci/devices"
+    }
+
+    unsafe fn from_path_unchecked(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl SysDir {
+    /// The path of this directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A directory below this one.
+    pub fn sub(&self, name: &str) -> Self {
+        Self { path: self.path.join(name) }
+    }
+
+    /// Whether the directory, or the entry `name` in it, exists.
+    pub fn has(&self, name: &str) -> bool {
+        self.path.join(name).symlink_metadata().is_ok()
+    }
+
+    /// The trimmed text of an attribute; `None` if the kernel does not offer it.
+    pub fn attr(&self, name: &str) -> Result<Option<String>, Error> {
+        match self.trim_file(name) {
+            Ok(text) => Ok(Some(text)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("read", &self.path.join(name))(e)),
+        }
+    }
+
+    /// The bytes of a binary attribute; empty if the kernel does not offer it.
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>, Error> {
+        let path = self.path.join(name);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(bytes),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(e) => Err(Error::io("read", &path)(e)),
+        }
+    }
+
+    /// Where the symbolic link `name` points, as written; `None` if there is none.
+    pub fn link(&self, name: &str) -> Option<PathBuf> {
+        fs::read_link(self.path.join(name)).ok()
+    }
+
+    /// The last component of the target of link `name`: a driver, a group number, an address.
+    pub fn link_name(&self, name: &str) -> Option<String> {
+        Some(self.link(name)?.file_name()?.to_str()?.to_owned())
+    }
+
+    /// The names of the entries, sorted; empty if the directory is absent.
+    pub fn list(&self) -> Result<Vec<String>, Error> {
+        list(&self.path)
+    }
+
+    /// Writes `value` to the attribute `name` in one write, as the kernel expects.
+    ///
+    /// For [`crate::step`] alone: nothing else changes the kernel.
+    pub(crate) fn write(&self, name: &str, value: &str) -> io::Result<()> {
+        self.write_file(name, value)
+    }
+}
+
+fn read(path: &Path) -> Result<Option<String>, Error> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read", path)(e)),
+    }
+}
+
+fn list(path: &Path) -> Result<Vec<String>, Error> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("list", path)(e)),
+    };
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort_unstable();
+    Ok(names)
+}

@@ -1,0 +1,302 @@
+//! The host as it was at one moment: every function, every group, by address and by number.
+//! Reads through [`crate::host`]; never writes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::address::PciAddress;
+use crate::error::Error;
+use crate::host::HostRoot;
+use crate::ids::{self, Names};
+use crate::iommu::{Group, Isolation, Platform, Sharing};
+use crate::pci::class::{self, ClassAlias};
+use crate::pci::{Function, Sriov};
+
+/// A picture of a host. Cloning it shares the functions, so one can be kept while
+/// [`refresh`](Self::refresh) turns another into the next.
+#[derive(Debug, Clone)]
+pub struct Inventory {
+    /// What is true of the whole host.
+    pub platform: Platform,
+    /// The `vfio_pci:` lines of `modules.alias`, by which variant drivers are chosen.
+    pub vfio_aliases: Arc<str>,
+    /// Whether the generic `vfio-pci` driver is there or can be loaded.
+    pub vfio_pci: DriverSource,
+    functions: BTreeMap<PciAddress, Arc<Function>>,
+    groups: BTreeMap<u32, Group>,
+    names: Arc<Names>,
+}
+
+/// Where a driver would come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverSource {
+    /// It is registered with the PCI bus.
+    Registered,
+    /// Its module can be loaded.
+    Module,
+    /// This kernel does not have it.
+    Missing,
+}
+
+impl Inventory {
+    /// Reads the whole host.
+    pub fn scan(host: &HostRoot) -> Result<Self, Error> {
+        let addresses = host.sys("bus/pci/devices").list()?;
+        let functions: BTreeMap<_, _> = addresses
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .filter_map(|address| Some((address, Arc::new(Function::read(host, address)?))))
+            .collect();
+        let mut inventory = Self {
+            platform: Platform::read(host)?,
+            vfio_aliases: vfio_aliases(host)?,
+            vfio_pci: DriverSource::of(host, "vfio-pci")?,
+            names: Arc::new(read_names(host, functions.values())?),
+            groups: BTreeMap::new(),
+            functions,
+        };
+        for (&address, function) in &inventory.functions {
+            join(&mut inventory.groups, function.iommu_group, address);
+        }
+        Ok(inventory)
+    }
+
+    /// Reads the function at `address` anew, adding or dropping it. The cost does not depend on how
+    /// many others there are.
+    pub fn refresh(&mut self, host: &HostRoot, address: PciAddress) {
+        let old = self.functions.remove(&address);
+        if let Some(number) = old.as_ref().and_then(|f| f.iommu_group) {
+            leave(&mut self.groups, number, address);
+        }
+        if let Some(new) = Function::read(host, address) {
+            if old.as_ref().is_none_or(|f| f.ids != new.ids) {
+                self.learn_name(host, &new);
+            }
+            join(&mut self.groups, new.iommu_group, address);
+            self.functions.insert(address, Arc::new(new));
+        }
+    }
+
+    /// A device that was not there at the first scan may have a name not looked up yet.
+    fn learn_name(&mut self, host: &HostRoot, function: &Function) {
+        if self.names.knows(&key(function)) {
+            return;
+        }
+        let known: Vec<_> = self.functions.values().map(|f| key(f)).collect();
+        let wanted = known.into_iter().chain([key(function)]).collect();
+        if let Ok(names) = look_up(host, &wanted) {
+            self.names = Arc::new(names);
+        }
+    }
+
+    /// The function at an address.
+    pub fn get(&self, address: PciAddress) -> Option<&Arc<Function>> {
+        self.functions.get(&address)
+    }
+
+    /// All functions, in the order of their addresses.
+    pub fn functions(&self) -> impl ExactSizeIterator<Item = &Arc<Function>> {
+        self.functions.values()
+    }
+
+    /// All groups, in the order of their numbers.
+    pub fn groups(&self) -> impl ExactSizeIterator<Item = &Group> {
+        self.groups.values()
+    }
+
+    /// The group with that number.
+    pub fn group(&self, number: u32) -> Option<&Group> {
+        self.groups.get(&number)
+    }
+
+    /// The group a function is in; `None` where there is no IOMMU.
+    pub fn group_of(&self, address: PciAddress) -> Option<&Group> {
+        self.group(self.get(address)?.iommu_group?)
+    }
+
+    /// Why a group is as large as it is.
+    pub fn sharing(&self, group: &Group) -> Sharing {
+        group.sharing(&self.functions)
+    }
+
+    /// Members of a group that keep it from being given to a guest as things are: those on a host
+    /// driver that is neither VFIO nor a port driver (`Documentation/driver-api/vfio.rst`).
+    pub fn host_owned<'a>(&'a self, group: &'a Group) -> impl Iterator<Item = &'a Function> {
+        group
+            .members
+            .iter()
+            .filter_map(|address| self.functions.get(address).map(Arc::as_ref))
+            .filter(|f| f.driver.is_some() && !f.on_vfio() && !f.is_pci_bridge())
+    }
+
+    /// How isolated a function would be in a guest.
+    pub fn isolation(&self, function: &Function) -> Isolation {
+        match function.iommu_group {
+            Some(_) => self.platform.isolation,
+            None => Isolation::None,
+        }
+    }
+
+    /// The virtual functions of a physical one, with their index among them.
+    pub fn virtual_functions(&self, physical: PciAddress) -> Vec<(u16, PciAddress)> {
+        let Some(pf) = self.get(physical) else { return Vec::new() };
+        let mut vfs: Vec<_> = self
+            .functions
+            .values()
+            .filter(|f| f.physical() == Some(physical))
+            .filter_map(|f| Some((pf.sriov.index_of(physical, f.address)?, f.address)))
+            .collect();
+        vfs.sort_unstable();
+        vfs
+    }
+
+    /// The index of a VF among those of its PF.
+    pub fn vf_index(&self, function: &Function) -> Option<u16> {
+        let Sriov::Virtual { physical } = function.sriov else { return None };
+        self.get(physical)?.sriov.index_of(physical, function.address)
+    }
+
+    /// Names of vendors, devices and classes, as far as the system's `pci.ids` has them.
+    pub fn names(&self) -> &Names {
+        &self.names
+    }
+
+    /// A line a person recognises the function by.
+    pub fn describe(&self, function: &Function) -> String {
+        let names = self.names.of(&key(function));
+        match (names.vendor, names.device) {
+            (Some(vendor), Some(device)) => format!("{vendor} {device}"),
+            (Some(vendor), None) => format!("{vendor} {}", hex_or_unknown(function.ids.device)),
+            _ => format!(
+                "{}:{}",
+                hex_or_unknown(function.ids.vendor),
+                hex_or_unknown(function.ids.device)
+            ),
+        }
+    }
+
+    /// What kind of device a function is, in words.
+    pub fn class_name(&self, function: &Function) -> &'static str {
+        function.ids.class.map_or("unknown class", class::name)
+    }
+
+    /// The function a person means: an address, `vendor:device` or a class alias, the latter two
+    /// where just one function answers to them.
+    pub fn resolve(&self, name: &str) -> Result<PciAddress, Error> {
+        if let Ok(address) = name.parse() {
+            let missing = || Error::NotFound { name: name.to_owned(), nearest: self.nearest(name) };
+            return self.get(address).map(|f| f.address).ok_or_else(missing);
+        }
+        let matches: Box<dyn Fn(&Function) -> bool> = if let Some((vendor, device)) = id_pair(name)
+        {
+            Box::new(move |f| f.ids.vendor == Some(vendor) && f.ids.device == Some(device))
+        } else if let Ok(alias) = name.parse::<ClassAlias>() {
+            Box::new(move |f| f.ids.class.is_some_and(|class| alias.matches(class)))
+        } else {
+            let name: String = name.chars().take(64).collect();
+            return Err(Error::BadName { nearest: self.nearest(&name), name });
+        };
+        let found: Vec<&Function> =
+            self.functions.values().map(Arc::as_ref).filter(|f| matches(f)).collect();
+        match found.as_slice() {
+            [] => Err(Error::NotFound { name: name.to_owned(), nearest: None }),
+            [one] => Ok(one.address),
+            many => Err(Error::Ambiguous {
+                name: name.to_owned(),
+                candidates: many
+                    .iter()
+                    .map(|f| format!("{} ({})", f.address, self.describe(f)))
+                    .collect(),
+            }),
+        }
+    }
+
+    /// The address or alias most like `name`, if any is alike at all.
+    fn nearest(&self, name: &str) -> Option<String> {
+        let full = name.parse::<PciAddress>().map_or_else(|_| name.to_owned(), |a| a.to_string());
+        let addresses = self.functions.keys().map(ToString::to_string);
+        let aliases = ClassAlias::ALL.iter().map(|alias| alias.name().to_owned());
+        addresses
+            .chain(aliases)
+            .map(|candidate| (strsim::jaro_winkler(&full, &candidate), candidate))
+            .filter(|(likeness, _)| *likeness > 0.8)
+            .max_by(|a, b| a.0.total_cmp(&b.0))
+            .map(|(_, candidate)| candidate)
+    }
+}
+
+impl DriverSource {
+    /// Where the driver with that directory name would come from.
+    pub fn of(host: &HostRoot, driver: &str) -> Result<Self, Error> {
+        if host.sys("bus/pci/drivers").has(driver) {
+            return Ok(Self::Registered);
+        }
+        let table = |file| Ok::<_, Error>(host.modules(file)?.unwrap_or_default());
+        let (dep, builtin) = (table("modules.dep")?, table("modules.builtin")?);
+        let found = crate::modalias::module_exists(&dep, &builtin, driver);
+        Ok(if found { Self::Module } else { Self::Missing })
+    }
+}
+
+fn join(groups: &mut BTreeMap<u32, Group>, number: Option<u32>, address: PciAddress) {
+    let Some(number) = number else { return };
+    let group = groups.entry(number).or_insert_with(|| Group { number, members: Vec::new() });
+    if let Err(place) = group.members.binary_search(&address) {
+        group.members.insert(place, address);
+    }
+}
+
+fn leave(groups: &mut BTreeMap<u32, Group>, number: u32, address: PciAddress) {
+    if let Some(group) = groups.get_mut(&number) {
+        group.members.retain(|member| *member != address);
+        if group.members.is_empty() {
+            groups.remove(&number);
+        }
+    }
+}
+
+fn vfio_aliases(host: &HostRoot) -> Result<Arc<str>, Error> {
+    let aliases = host.modules("modules.alias")?.unwrap_or_default();
+    let lines = aliases.lines().filter(|line| line.starts_with("alias vfio_pci:"));
+    Ok(lines.fold(String::new(), |all, line| all + line + "\n").into())
+}
+
+fn key(function: &Function) -> ids::Key {
+    let ids = &function.ids;
+    ids::Key {
+        vendor: ids.vendor.unwrap_or(0xffff),
+        device: ids.device.unwrap_or(0xffff),
+        subsystem_vendor: ids.subsystem_vendor.unwrap_or(0xffff),
+        subsystem_device: ids.subsystem_device.unwrap_or(0xffff),
+    }
+}
+
+fn read_names<'a>(
+    host: &HostRoot,
+    functions: impl Iterator<Item = &'a Arc<Function>>,
+) -> Result<Names, Error> {
+    look_up(host, &functions.map(|f| key(f)).collect())
+}
+
+/// Where distributions keep the table, in the order pciutils builds look for it.
+const PCI_IDS: [&str; 3] =
+    ["usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids", "usr/share/pci.ids"];
+
+fn look_up(host: &HostRoot, wanted: &BTreeSet<ids::Key>) -> Result<Names, Error> {
+    for path in PCI_IDS {
+        if let Some(text) = host.text(path)? {
+            return Ok(ids::lookup(&text, wanted));
+        }
+    }
+    Ok(Names::default())
+}
+
+fn id_pair(name: &str) -> Option<(u16, u16)> {
+    let (vendor, device) = name.split_once(':')?;
+    let id = |text: &str| (text.len() == 4).then(|| u16::from_str_radix(text, 16).ok())?;
+    Some((id(vendor)?, id(device)?))
+}
+
+fn hex_or_unknown(id: Option<u16>) -> String {
+    id.map_or_else(|| "????".to_owned(), |id| format!("{id:04x}"))
+}

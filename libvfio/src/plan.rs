@@ -1,0 +1,404 @@
+//! From what is and what is asked to the steps that lead there, or the reasons not to.
+//! Pure: reads nothing, changes nothing.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::address::PciAddress;
+use crate::error::ErrorKind;
+use crate::inventory::{DriverSource, Inventory};
+use crate::iommu::Isolation;
+use crate::modalias;
+use crate::pci::{Binding, Function, Sriov};
+use crate::protection::Use;
+use crate::step::Step;
+
+/// What is asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Request {
+    /// The functions meant. Other functions of the same devices that share their groups come
+    /// along by themselves.
+    pub devices: Vec<PciAddress>,
+    /// Take every member of the groups along, also those of other devices.
+    pub whole_group: bool,
+    /// Accept devices that somebody else has put on a VFIO driver.
+    pub adopt: bool,
+}
+
+/// Who holds a device already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The lease's id.
+    pub lease: String,
+    /// Its tenant.
+    pub tenant: String,
+}
+
+/// What planning must know beside the inventory.
+#[derive(Debug, Clone, Default)]
+pub struct Circumstances {
+    /// Leases in force, by function.
+    pub claims: BTreeMap<PciAddress, Claim>,
+    /// What the host does with its devices.
+    pub uses: Vec<Use>,
+}
+
+/// The way from the host's drivers to a guest, for whole groups.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Each function that changes hands, and how it is bound before.
+    pub devices: BTreeMap<PciAddress, Binding>,
+    /// The groups they make up.
+    pub groups: Vec<u32>,
+    /// What will be done, in this order.
+    pub steps: Vec<Step>,
+    /// What should be known but forbids nothing.
+    pub warnings: Vec<String>,
+}
+
+/// One reason why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason {
+    /// What kind of refusal it makes.
+    pub kind: ErrorKind,
+    /// A stable word for programs: `leased`, `sibling`, `in-use`.
+    pub code: &'static str,
+    /// The function or thing that stands in the way.
+    pub object: String,
+    /// Why, for people.
+    pub text: String,
+    /// What to do, for people.
+    pub remedy: String,
+}
+
+/// A refusal: at least one reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    reasons: Vec<Reason>,
+}
+
+impl Refusal {
+    /// A refusal for `reasons`, weightiest first; `None` if there are none.
+    pub fn new(mut reasons: Vec<Reason>) -> Option<Self> {
+        reasons.sort_by_key(|reason| weight(reason.kind));
+        (!reasons.is_empty()).then_some(Self { reasons })
+    }
+
+    /// The reasons, weightiest first.
+    pub fn reasons(&self) -> &[Reason] {
+        &self.reasons
+    }
+
+    /// The kind of the weightiest reason.
+    pub fn kind(&self) -> ErrorKind {
+        self.reasons.first().map_or(ErrorKind::Internal, |reason| reason.kind)
+    }
+}
+
+/// What a caller can do least about comes first.
+fn weight(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Unsupported => 0,
+        ErrorKind::AlreadyLeased => 1,
+        ErrorKind::Protected => 2,
+        ErrorKind::NotViable => 3,
+        _ => 4,
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, reason) in self.reasons.iter().enumerate() {
+            let gap = if n == 0 { "" } else { "\n" };
+            write!(f, "{gap}{reason}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}; {}", self.object, self.text, self.remedy)
+    }
+}
+
+/// Plans the attachment of a request's devices, or refuses with every reason there is.
+pub fn attach(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    request: &Request,
+) -> Result<Plan, Refusal> {
+    let members = members(inventory, request);
+    let mut reasons = Vec::new();
+    for function in &members.taken {
+        reasons.extend(refuse_function(inventory, circumstances, request, function));
+    }
+    for sibling in &members.left {
+        reasons.extend(refuse_sibling(inventory, circumstances, sibling));
+    }
+    match Refusal::new(reasons) {
+        Some(refusal) => Err(refusal),
+        None => Ok(steps(inventory, &members)),
+    }
+}
+
+/// What a request touches.
+struct Members<'a> {
+    /// Functions that change hands.
+    taken: Vec<&'a Function>,
+    /// Other members of their groups, which do not.
+    left: Vec<&'a Function>,
+    /// The groups' numbers.
+    groups: Vec<u32>,
+}
+
+fn members<'a>(inventory: &'a Inventory, request: &Request) -> Members<'a> {
+    let wanted = |f: &Function| {
+        let one_device = request.devices.iter().any(|d| d.same_slot(f.address));
+        request.devices.contains(&f.address) || one_device && f.physical().is_none()
+    };
+    let mut groups: Vec<u32> =
+        request.devices.iter().filter_map(|d| inventory.get(*d)?.iommu_group).collect();
+    groups.sort_unstable();
+    groups.dedup();
+    let in_groups = groups
+        .iter()
+        .filter_map(|number| inventory.group(*number))
+        .flat_map(|group| &group.members)
+        .filter_map(|address| inventory.get(*address).map(AsRef::as_ref));
+    let (mut taken, left): (Vec<&Function>, Vec<&Function>) = in_groups
+        .filter(|f| !f.is_bridge() || request.devices.contains(&f.address))
+        .partition(|f| request.whole_group || wanted(f));
+    let ungrouped = request.devices.iter().filter_map(|d| inventory.get(*d).map(AsRef::as_ref));
+    taken.extend(ungrouped.filter(|f| f.iommu_group.is_none()));
+    Members { taken, left, groups }
+}
+
+/// Why a function that was asked for, directly or as part of its device, cannot be given.
+fn refuse_function(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    request: &Request,
+    function: &Function,
+) -> Vec<Reason> {
+    let address = function.address;
+    let reason = |kind, code, text: String, remedy: String| Reason {
+        kind,
+        code,
+        object: address.to_string(),
+        text,
+        remedy,
+    };
+    if function.is_bridge() {
+        return vec![reason(
+            ErrorKind::Unsupported,
+            "bridge",
+            "is a bridge, which carries other devices and is never given to a guest".into(),
+            "name the device behind it".into(),
+        )];
+    }
+    if let Some(claim) = circumstances.claims.get(&address) {
+        return vec![leased(address, claim)];
+    }
+    let mut reasons = Vec::new();
+    if function.iommu_group.is_none() || inventory.platform.isolation == Isolation::None {
+        reasons.push(reason(
+            ErrorKind::NotViable,
+            "no-iommu",
+            "is behind no IOMMU, so a guest could reach all of memory through it".into(),
+            inventory.platform.cpu.iommu_remedy().into(),
+        ));
+    }
+    if function.is_silent() {
+        reasons.push(reason(
+            ErrorKind::NotViable,
+            "silent",
+            "does not answer: its configuration space reads all ones".into(),
+            "check the kernel log; the device may need its power cycled".into(),
+        ));
+    }
+    if let Sriov::Physical { enabled: vfs @ 1.., .. } = function.sriov {
+        reasons.push(reason(
+            ErrorKind::Busy,
+            "virtual-functions",
+            format!("has {vfs} virtual functions enabled"),
+            format!("disable them first (echo 0 > /sys/bus/pci/devices/{address}/sriov_numvfs)"),
+        ));
+    }
+    if inventory.vfio_pci == DriverSource::Missing {
+        reasons.push(reason(
+            ErrorKind::Unsupported,
+            "no-vfio-pci",
+            "needs the vfio-pci driver, which this kernel does not have".into(),
+            "install the package with the kernel's full modules (linux-image-amd64, not -cloud; \
+             linux-modules-extra on Ubuntu) or build with CONFIG_VFIO_PCI=m"
+                .into(),
+        ));
+    }
+    if function.on_vfio() && !request.adopt {
+        reasons.push(reason(
+            ErrorKind::Busy,
+            "external",
+            format!(
+                "is on {} already, put there by somebody else",
+                function.driver.as_deref().unwrap_or("a VFIO driver")
+            ),
+            "release it where it was bound (driverctl, libvirt, vfio-pci ids=), or adopt it as it \
+             is with --adopt"
+                .into(),
+        ));
+    }
+    reasons.extend(uses(circumstances, function));
+    reasons
+}
+
+/// Why a group member that stays behind forbids giving away the rest.
+fn refuse_sibling(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    sibling: &Function,
+) -> Vec<Reason> {
+    let address = sibling.address;
+    if let Some(claim) = circumstances.claims.get(&address) {
+        return vec![leased(address, claim)];
+    }
+    let Some(driver) = sibling.driver.as_deref().filter(|_| !sibling.on_vfio()) else {
+        return Vec::new();
+    };
+    let group = sibling.iommu_group.and_then(|number| inventory.group(number));
+    let why = group.map(|group| inventory.sharing(group).to_string()).unwrap_or_default();
+    let mut reasons = vec![Reason {
+        kind: ErrorKind::NotViable,
+        code: "sibling",
+        object: address.to_string(),
+        text: format!("shares the IOMMU group and is on host driver {driver} ({why})"),
+        remedy: "name it too, take all with --whole-group, or move it to another slot".into(),
+    }];
+    reasons.extend(uses(circumstances, sibling));
+    reasons
+}
+
+fn leased(address: PciAddress, claim: &Claim) -> Reason {
+    Reason {
+        kind: ErrorKind::AlreadyLeased,
+        code: "leased",
+        object: address.to_string(),
+        text: format!("is leased to '{}' by lease {}", claim.tenant, claim.lease),
+        remedy: format!("wait, or release it with 'vfioctl release {}'", claim.lease),
+    }
+}
+
+fn uses<'a>(
+    circumstances: &'a Circumstances,
+    function: &'a Function,
+) -> impl Iterator<Item = Reason> + 'a {
+    circumstances.uses.iter().filter(|u| u.function == function.address).map(|found| Reason {
+        kind: if found.protected { ErrorKind::Protected } else { ErrorKind::Busy },
+        code: if found.protected { "protected" } else { "in-use" },
+        object: found.function.to_string(),
+        text: found.what.clone(),
+        remedy: found.remedy.clone(),
+    })
+}
+
+fn steps(inventory: &Inventory, members: &Members<'_>) -> Plan {
+    let mut plan = Plan { groups: members.groups.clone(), ..Plan::default() };
+    let mut modules = Vec::new();
+    for function in &members.taken {
+        plan.devices.insert(function.address, function.binding());
+        if function.on_vfio() {
+            continue;
+        }
+        let driver = vfio_driver(inventory, function);
+        if driver.source != DriverSource::Registered && !modules.contains(&driver.module) {
+            modules.push(driver.module.clone());
+        }
+        plan.steps.extend(transition(inventory, function, &driver.name));
+    }
+    let load = modules.into_iter().map(|module| Step::LoadModule { module });
+    plan.steps.splice(0..0, load);
+    plan.steps.extend(members.groups.iter().map(|group| Step::CheckViable { group: *group }));
+    plan.warnings.extend(warnings(inventory.platform.isolation));
+    plan
+}
+
+/// The driver a function gets for its time with a guest.
+struct VfioDriver {
+    name: String,
+    module: String,
+    source: DriverSource,
+}
+
+/// The generic driver, or the variant the module tables name for this device, as libvirt chooses.
+fn vfio_driver(inventory: &Inventory, function: &Function) -> VfioDriver {
+    let variant = function
+        .modalias
+        .as_deref()
+        .and_then(|alias| modalias::best_vfio_driver(&inventory.vfio_aliases, alias));
+    match variant {
+        Some(module) => VfioDriver {
+            name: module.to_owned(),
+            module: module.to_owned(),
+            source: DriverSource::Module,
+        },
+        None => VfioDriver {
+            name: "vfio-pci".into(),
+            module: "vfio-pci".into(),
+            source: inventory.vfio_pci,
+        },
+    }
+}
+
+/// From the function's driver to `target`, such that the inverses in reverse order lead back.
+fn transition(inventory: &Inventory, function: &Function, target: &str) -> Vec<Step> {
+    let device = function.address;
+    let mut steps = Vec::new();
+    let mut before = function.driver_override.clone();
+    if let Some(driver) = &function.driver {
+        if before.is_none() && vf_needs_override(inventory, function) {
+            let to = Some(driver.clone());
+            steps.push(Step::SetOverride { device, from: before, to: to.clone() });
+            before = to;
+        }
+        if driver == "nvidia" {
+            steps.push(Step::UnbindLock { device });
+        }
+        steps.push(Step::Unbind { device, driver: driver.clone() });
+    }
+    let to = Some(target.to_owned());
+    if before != to {
+        steps.push(Step::SetOverride { device, from: before, to });
+    }
+    steps.push(Step::Bind { device, driver: target.to_owned() });
+    steps
+}
+
+/// A VF whose PF has autoprobe off is refused by every driver unless an override names it
+/// (`pci_device_can_probe`, `drivers/pci/pci-driver.c`), so its way back needs one for a moment.
+fn vf_needs_override(inventory: &Inventory, function: &Function) -> bool {
+    let physical = function.physical().and_then(|address| inventory.get(address));
+    physical.is_some_and(|pf| matches!(pf.sriov, Sriov::Physical { autoprobe: false, .. }))
+}
+
+fn warnings(isolation: Isolation) -> Option<String> {
+    match isolation {
+        Isolation::Full | Isolation::None => None,
+        Isolation::NoInterruptRemapping => Some(
+            "interrupts are not remapped: a hostile guest could forge them (enable interrupt \
+             remapping in the firmware)"
+                .into(),
+        ),
+        Isolation::AcsOverride => Some(
+            "pcie_acs_override splits groups that the hardware does not keep apart: devices may \
+             reach each other's memory"
+                .into(),
+        ),
+    }
+}
+
+/// The steps that give a plan's devices back: the inverses of what was done, last first.
+pub fn undo<'a>(done: impl DoubleEndedIterator<Item = &'a Step>) -> Vec<Step> {
+    done.rev().filter_map(Step::inverse).collect()
+}
