@@ -180,7 +180,7 @@ impl ConfigSpace {
                 Err(problem) => self.note(problem),
             }
         }
-        if bytes.len() > CONVENTIONAL {
+        if bytes.len() > CONVENTIONAL && self.may_be_extended() {
             for node in Walk::new(List::Extended, 0x100, Bytes(bytes)) {
                 match node.and_then(|node| node.parse(ExtendedCapability::parse)) {
                     Ok(capability) => self.extended.push(capability),
@@ -190,6 +190,14 @@ impl ConfigSpace {
         } else if self.pcie().is_some() {
             self.note(ConfigProblem::Truncated { coverage: bytes.len() });
         }
+    }
+
+    /// Whether there can be an extended list. Host bridges of conventional PCI have 4096 bytes in
+    /// sysfs too (`pci_cfg_space_size`, `drivers/pci/probe.c`), with noise in them; so this asks
+    /// for the capability of PCI Express or PCI-X, as `lspci` does.
+    fn may_be_extended(&self) -> bool {
+        let capable = |c: &_| matches!(c, Capability::PciExpress(_) | Capability::Other(0x07));
+        self.capabilities.iter().any(capable)
     }
 
     fn note(&mut self, problem: ConfigProblem) {

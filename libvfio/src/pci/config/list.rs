@@ -65,7 +65,8 @@ impl<'a> Node<'a> {
                 bytes,
             },
         };
-        // The kernel stops at these too (`PCI_FIND_NEXT_CAP`, `drivers/pci/pci.h`).
+        // The kernel, too, stops at a head of 0 and at the number 0xff (`pci_find_next_capability`
+        // and `pci_find_next_ext_capability`, `drivers/pci/pci.c`).
         match (list, head) {
             (List::Extended, 0) => None,
             (List::Extended, u32::MAX) => Some(Err(ConfigProblem::Unreadable { list, at })),

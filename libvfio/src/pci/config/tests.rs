@@ -190,11 +190,26 @@ fn a_function_that_goes_while_it_is_read_is_listed_as_far_as_it_got() {
     let space = parse(&bytes);
     assert!(space.alive);
     assert_eq!(space.capabilities.len(), 2);
-    let expected = [
-        ConfigProblem::Unreadable { list: List::Conventional, at: 0x60 },
-        ConfigProblem::Unreadable { list: List::Extended, at: 0x100 },
-    ];
-    assert_eq!(space.problems, expected);
+    let stopped = ConfigProblem::Unreadable { list: List::Conventional, at: 0x60 };
+    assert_eq!(space.problems, [stopped]);
+
+    let mut bytes = gpu();
+    bytes[0x150..].fill(0xff);
+    let space = parse(&bytes);
+    assert_eq!((space.capabilities.len(), space.extended.len()), (7, 1));
+    let stopped = ConfigProblem::Unreadable { list: List::Extended, at: 0x150 };
+    assert_eq!(space.problems, [stopped]);
+}
+
+#[test]
+fn noise_behind_conventional_pci_is_no_extended_list() {
+    let mut bytes = gpu();
+    put(&mut bytes, 0x48, &[0x05, 0xa0]); // skips PCI Express
+    let space = parse(&bytes);
+    assert_eq!(space.extended, []);
+    assert_eq!(space.problems, []);
+    put(&mut bytes, 0xd0, &[0x07]); // PCI-X
+    assert_eq!(parse(&bytes).extended.len(), 11);
 }
 
 #[test]
@@ -243,8 +258,11 @@ fn pointers_into_the_header_or_the_other_list_are_not_followed() {
 #[test]
 fn lists_can_be_absent() {
     let mut bytes = gpu();
-    put(&mut bytes, 0x06, &[0x00]);
     put(&mut bytes, 0x100, &[0; 4]);
+    let space = parse(&bytes);
+    assert_eq!(space.problems, []);
+    assert_eq!((space.capabilities.len(), space.extended.len()), (7, 0));
+    put(&mut bytes, 0x06, &[0x00]);
     let space = parse(&bytes);
     assert_eq!(space.problems, []);
     assert_eq!((space.capabilities.len(), space.extended.len()), (0, 0));
@@ -270,7 +288,7 @@ fn bridges_have_buses_and_their_own_pointers() {
     let space = parse(&bytes);
     assert_eq!(space.header.map(|h| h.header_type), Some(HeaderType::Other(5)));
     assert_eq!(space.problems, [ConfigProblem::UnknownHeaderType(5)]);
-    assert_eq!((space.capabilities.len(), space.extended.len()), (0, 11));
+    assert_eq!((space.capabilities.len(), space.extended.len()), (0, 0));
 }
 
 #[test]
