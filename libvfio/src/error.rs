@@ -5,8 +5,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::address::{InvalidAddress, PciAddress};
-use crate::plan::Refusal;
-use crate::step::StepError;
 
 /// The kinds of failure a caller can tell apart.
 ///
@@ -93,14 +91,16 @@ impl ErrorKind {
     }
 }
 
-/// An error of this library. Its text says what, why and what to do.
+/// An error in reading the host or in what was asked. Refusals and failed steps have types of their
+/// own, [`plan::Refusal`](crate::plan::Refusal) and [`step::StepError`](crate::step::StepError).
+/// Its text says what, why and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A text that is no PCI address.
     #[error(transparent)]
     Address(#[from] InvalidAddress),
     /// No function has that address or name.
-    #[error("no PCI function '{name}' on this host{}", hint(nearest))]
+    #[error("no PCI function '{name}' on this host{}", hint(nearest.as_ref()))]
     NotFound {
         /// What was asked for.
         name: String,
@@ -119,7 +119,7 @@ pub enum Error {
     #[error(
         "'{name}' names no device; use an address (03:00.0), vendor:device (10de:2330) or a class \
          (gpu, nic, nvme){}",
-        hint(nearest)
+        hint(nearest.as_ref())
     )]
     BadName {
         /// What was asked for.
@@ -137,12 +137,6 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// A request that must not be carried out.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// A step that the kernel did not carry out.
-    #[error(transparent)]
-    Step(#[from] StepError),
     /// VFIO refused a device that should be ready for a guest.
     #[error("{address} cannot be opened through VFIO: {reason}")]
     Vfio {
@@ -167,15 +161,13 @@ impl Error {
             }
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::Io { .. } => ErrorKind::Internal,
-            Self::Refused(refusal) => refusal.kind(),
-            Self::Step(error) => error.kind(),
             Self::Vfio { .. } => ErrorKind::NotViable,
         }
     }
 }
 
-fn hint(nearest: &Option<String>) -> String {
-    nearest.as_ref().map(|name| format!("; did you mean {name}?")).unwrap_or_default()
+fn hint(nearest: Option<&String>) -> String {
+    nearest.map(|name| format!("; did you mean {name}?")).unwrap_or_default()
 }
 
 #[cfg(test)]

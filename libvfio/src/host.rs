@@ -109,6 +109,7 @@ impl SysDir {
     }
 
     /// A directory below this one.
+    #[must_use]
     pub fn sub(&self, name: &str) -> Self {
         Self { path: self.path.join(name) }
     }

@@ -161,17 +161,15 @@ impl Inventory {
         &self.names
     }
 
-    /// A line a person recognises the function by.
+    /// A line a person recognises the function by: names, or numbers where there are none.
     pub fn describe(&self, function: &Function) -> String {
+        let hex = |id: Option<u16>| id.map_or_else(|| "????".to_owned(), |id| format!("{id:04x}"));
         let names = self.names.of(&key(function));
-        match (names.vendor, names.device) {
+        let vendor = names.vendor.filter(|_| function.ids.vendor.is_some());
+        match (vendor, names.device) {
             (Some(vendor), Some(device)) => format!("{vendor} {device}"),
-            (Some(vendor), None) => format!("{vendor} {}", hex_or_unknown(function.ids.device)),
-            _ => format!(
-                "{}:{}",
-                hex_or_unknown(function.ids.vendor),
-                hex_or_unknown(function.ids.device)
-            ),
+            (Some(vendor), None) => format!("{vendor} {}", hex(function.ids.device)),
+            _ => format!("{}:{}", hex(function.ids.vendor), hex(function.ids.device)),
         }
     }
 
@@ -295,8 +293,4 @@ fn id_pair(name: &str) -> Option<(u16, u16)> {
     let (vendor, device) = name.split_once(':')?;
     let id = |text: &str| (text.len() == 4).then(|| u16::from_str_radix(text, 16).ok())?;
     Some((id(vendor)?, id(device)?))
-}
-
-fn hex_or_unknown(id: Option<u16>) -> String {
-    id.map_or_else(|| "????".to_owned(), |id| format!("{id:04x}"))
 }

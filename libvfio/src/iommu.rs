@@ -81,15 +81,11 @@ impl Group {
         if let Some(bridge) = ports.iter().filter_map(port).find(conventional) {
             return Sharing::Conventional(bridge.address);
         }
-        let lacking = |f: &&Function| !f.config.acs().is_some_and(config_isolates);
+        let lacking = |f: &&Function| !f.config.acs().is_some_and(|acs| acs.isolates());
         let ports: Vec<PciAddress> =
             ports.iter().filter_map(port).filter(lacking).map(|f| f.address).collect();
         if ports.is_empty() { Sharing::Unknown } else { Sharing::NoAcs(ports) }
     }
-}
-
-fn config_isolates(acs: &crate::pci::config::Acs) -> bool {
-    acs.enabled.isolates()
 }
 
 /// How far the host keeps a guest's device from everything else. Ordered: more is better.

@@ -15,7 +15,7 @@
 //! for step in plan::attach(&inventory, &plan::Circumstances::default(), &request)?.steps {
 //!     println!("{step}");
 //! }
-//! # Ok::<(), libvfio::error::Error>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! Modules are a ladder: each imports only those above it in this list.
@@ -27,9 +27,9 @@ pub mod ids;
 pub mod modalias;
 pub mod pci;
 
-pub mod iommu;
 pub mod holders;
 pub mod inventory;
+pub mod iommu;
 pub mod protection;
 
 pub mod plan;

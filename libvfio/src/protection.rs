@@ -40,7 +40,8 @@ pub fn uses(host: &HostRoot) -> Result<Vec<Use>, Error> {
                 protected: VITAL.contains(&point.as_str()),
             });
         }
-        if swaps.lines().any(|line| line.split_whitespace().next() == Some(&format!("/dev/{disk}"))) {
+        if swaps.lines().any(|line| line.split_whitespace().next() == Some(&format!("/dev/{disk}")))
+        {
             uses.push(Use {
                 function: *function,
                 what: format!("carries swap on {disk}"),

@@ -81,7 +81,7 @@ pub struct StepError {
     /// The step.
     pub step: Step,
     /// What stopped it.
-    pub cause: Cause,
+    pub cause: Box<Cause>,
     /// What to do about it.
     pub remedy: String,
 }
@@ -122,19 +122,17 @@ pub enum Cause {
 impl StepError {
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
-        match (&self.step, &self.cause) {
+        match (&self.step, &*self.cause) {
             (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
             (Step::LoadModule { .. }, _) => ErrorKind::Unsupported,
             (_, Cause::InUse) => ErrorKind::Busy,
-            (_, Cause::Kernel(e)) if e.raw_os_error() == Some(libc_ebusy()) => ErrorKind::Busy,
+            (_, Cause::Kernel(e)) if e.raw_os_error() == Some(Errno::EBUSY as i32) => {
+                ErrorKind::Busy
+            }
             _ => ErrorKind::Internal,
         }
     }
-}
-
-fn libc_ebusy() -> i32 {
-    Errno::EBUSY as i32
 }
 
 fn errno_name(error: &io::Error) -> String {
@@ -148,10 +146,14 @@ impl fmt::Display for Step {
             Self::UnbindLock { device } => write!(f, "take the unbind lock of {device}"),
             Self::Unbind { device, driver } => write!(f, "unbind {device} from {driver}"),
             Self::SetOverride { device, from, to: Some(to) } => {
-                write!(f, "set driver_override of {device} to {to} (was {})", or_none(from))
+                write!(
+                    f,
+                    "set driver_override of {device} to {to} (was {})",
+                    or_none(from.as_ref())
+                )
             }
             Self::SetOverride { device, from, to: None } => {
-                write!(f, "clear driver_override of {device} (was {})", or_none(from))
+                write!(f, "clear driver_override of {device} (was {})", or_none(from.as_ref()))
             }
             Self::Bind { device, driver } => write!(f, "bind {device} to {driver}"),
             Self::Reset { device } => write!(f, "reset {device}"),
@@ -160,8 +162,8 @@ impl fmt::Display for Step {
     }
 }
 
-fn or_none(name: &Option<String>) -> &str {
-    name.as_deref().unwrap_or("none")
+fn or_none(name: Option<&String>) -> &str {
+    name.map_or("none", String::as_str)
 }
 
 impl Step {
@@ -218,14 +220,14 @@ impl Step {
             Self::Unbind { device, driver } => unbind(host, *device, driver),
             Self::SetOverride { device, from, to } => {
                 set_override(host, *device, from.as_deref(), to.as_deref())
-            },
+            }
             Self::Bind { device, driver } => bind(host, *device, driver),
             Self::Reset { device } => reset(host, *device),
             Self::CheckViable { group } => check_viable(host, *group),
         };
         done.map_err(|cause| {
             let remedy = self.remedy(&cause);
-            StepError { step: self.clone(), cause, remedy }
+            StepError { step: self.clone(), cause: Box::new(cause), remedy }
         })
     }
 
@@ -329,12 +331,7 @@ fn bind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
     read_back(Some(driver), driver_of(host, device).as_deref())
 }
 
-fn set_override(
-    host: &HostRoot,
-    device: PciAddress,
-    from: Option<&str>,
-    to: Option<&str>,
-) -> Done {
+fn set_override(host: &HostRoot, device: PciAddress, from: Option<&str>, to: Option<&str>) -> Done {
     let now = Binding::read(host, device)?.driver_override;
     if same(now.as_deref(), to) {
         return Ok(Outcome::AlreadySo);

@@ -131,8 +131,7 @@ pub fn group_status(host: &HostRoot, group: u32) -> Result<GroupStatus, Error> {
 
 fn viable_by_drivers(host: &HostRoot, group: u32) -> Result<bool, Error> {
     let members = host.sys(format!("kernel/iommu_groups/{group}/devices")).list()?;
-    let functions =
-        members.iter().filter_map(|name| Function::read(host, name.parse().ok()?));
+    let functions = members.iter().filter_map(|name| Function::read(host, name.parse().ok()?));
     Ok(functions.into_iter().all(|f| f.driver.is_none() || f.on_vfio() || f.is_pci_bridge()))
 }
 
@@ -158,7 +157,7 @@ pub fn inspect(host: &HostRoot, function: &Function) -> Result<DeviceReport, Err
         regions,
         interrupts: device.max_interrupts(),
         resets_alone: function.reset_methods.iter().any(|m| m != "bus" && m != "cxl_bus"),
-        reset_with: reset_with.iter().filter_map(RawDependent::address).collect(),
+        reset_with: reset_with.into_iter().filter_map(RawDependent::address).collect(),
     })
 }
 
@@ -187,7 +186,7 @@ fn dependents(device: &VfioDevice) -> nix::Result<Vec<RawDependent>> {
 }
 
 impl RawDependent {
-    fn address(&self) -> Option<PciAddress> {
+    fn address(self) -> Option<PciAddress> {
         PciAddress::new(u32::from(self.segment), self.bus, self.devfn >> 3, self.devfn & 7)
     }
 }

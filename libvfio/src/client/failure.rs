@@ -6,6 +6,7 @@ use zbus::message::{Header, Message};
 use zbus::names::ErrorName;
 
 use crate::error::{Error, ErrorKind};
+use crate::plan::Refusal;
 
 const PREFIX: &str = "org.vfiod1.Error.";
 
@@ -52,6 +53,12 @@ impl std::error::Error for Failure {}
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::new(error.kind(), error.to_string())
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::new(refusal.kind(), refusal.to_string())
     }
 }
 

@@ -198,7 +198,9 @@ impl DeviceRecord {
     pub fn full(inventory: &Inventory, function: &Function) -> Self {
         let link = function.config.pcie().and_then(|pcie| pcie.link);
         let sriov = match function.sriov {
-            Sriov::Physical { total, enabled, autoprobe, .. } => (Some(total), Some(enabled), Some(autoprobe)),
+            Sriov::Physical { total, enabled, autoprobe, .. } => {
+                (Some(total), Some(enabled), Some(autoprobe))
+            }
             _ => (None, None, None),
         };
         Self {

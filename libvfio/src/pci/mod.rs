@@ -394,7 +394,8 @@ mod tests {
     #[test]
     fn a_vf_index_follows_offset_and_stride() {
         let pf: PciAddress = "01:00.0".parse().unwrap();
-        let sriov = Sriov::Physical { total: 7, enabled: 7, autoprobe: true, offset: 128, stride: 2 };
+        let sriov =
+            Sriov::Physical { total: 7, enabled: 7, autoprobe: true, offset: 128, stride: 2 };
         assert_eq!(sriov.index_of(pf, "01:10.0".parse().unwrap()), Some(0));
         assert_eq!(sriov.index_of(pf, "01:10.2".parse().unwrap()), Some(1));
         assert_eq!(sriov.index_of(pf, "00:00.0".parse().unwrap()), None);

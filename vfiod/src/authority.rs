@@ -1,0 +1,119 @@
+//! Who may do what: root may, others are for polkit to decide. Talks to the bus daemon and to
+//! polkit; anything unclear is a no.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use libvfio::client::Failure;
+use libvfio::error::ErrorKind;
+use tracing::{info, warn};
+use zbus::fdo::DBusProxy;
+use zbus::message::{Flags, Header};
+use zbus::names::BusName;
+use zbus_polkit::policykit1::{AuthorityProxy, CheckAuthorizationFlags, Subject};
+
+/// An action that needs permission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Take devices from the host for a tenant.
+    Attach,
+    /// Give devices back to the host.
+    Release,
+}
+
+impl Action {
+    /// Its id in `org.vfiod1.policy`.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Attach => "org.vfiod1.attach",
+            Self::Release => "org.vfiod1.release",
+        }
+    }
+}
+
+/// Most callers remembered at a time.
+const MOST_REMEMBERED: usize = 1024;
+
+/// Decides on calls that come over one connection.
+#[derive(Debug)]
+pub struct Authority {
+    connection: zbus::Connection,
+    /// User ids of callers by unique name. The bus never reuses a unique name.
+    users: Mutex<HashMap<String, u32>>,
+}
+
+impl Authority {
+    /// For calls over `connection`.
+    pub fn new(connection: zbus::Connection) -> Self {
+        Self { connection, users: Mutex::default() }
+    }
+
+    /// The user id of the caller if it may do `action`, else why not. `details` are for polkit's
+    /// rules to decide on.
+    pub async fn check(
+        &self,
+        header: &Header<'_>,
+        action: Action,
+        details: &HashMap<&str, &str>,
+    ) -> Result<u32, Failure> {
+        let user = self.user(header).await?;
+        if user == 0 || self.polkit_allows(header, action, details).await {
+            return Ok(user);
+        }
+        info!(user, action = action.id(), ?details, "refused by polkit");
+        Err(Failure::new(
+            ErrorKind::NotAuthorized,
+            format!(
+                "user {user} may not do this ({}); run it as root, or let a polkit rule allow it",
+                action.id()
+            ),
+        ))
+    }
+
+    async fn user(&self, header: &Header<'_>) -> Result<u32, Failure> {
+        let unknown =
+            || Failure::new(ErrorKind::NotAuthorized, "the bus does not say who calls; call again");
+        let sender = header.sender().ok_or_else(unknown)?;
+        let known =
+            self.users.lock().unwrap_or_else(PoisonError::into_inner).get(sender.as_str()).copied();
+        if let Some(user) = known {
+            return Ok(user);
+        }
+        let bus = DBusProxy::new(&self.connection).await.map_err(|_| unknown())?;
+        let user = bus
+            .get_connection_unix_user(BusName::from(sender.clone()))
+            .await
+            .map_err(|_| unknown())?;
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        if users.len() >= MOST_REMEMBERED {
+            users.clear();
+        }
+        users.insert(sender.to_string(), user);
+        Ok(user)
+    }
+
+    async fn polkit_allows(
+        &self,
+        header: &Header<'_>,
+        action: Action,
+        details: &HashMap<&str, &str>,
+    ) -> bool {
+        let interactive = header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
+        let flags = if interactive {
+            CheckAuthorizationFlags::ALLOW_USER_INTERACTION
+        } else {
+            CheckAuthorizationFlags::empty()
+        };
+        let asked = async {
+            let subject = Subject::new_for_message_header(header)?;
+            let polkit = AuthorityProxy::new(&self.connection).await?;
+            let answer =
+                polkit.check_authorization(&subject, action.id(), details, flags, "").await?;
+            anyhow::Ok(answer.is_authorized)
+        };
+        asked.await.unwrap_or_else(|error| {
+            warn!(%error, "polkit did not answer, which is taken as a no");
+            false
+        })
+    }
+}

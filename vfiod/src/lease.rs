@@ -1,0 +1,117 @@
+//! A lease: who has which functions, what was done for it and what undoes it. A plain type with
+//! its record on disk; touches nothing by itself.
+
+use std::collections::BTreeMap;
+
+use libvfio::address::PciAddress;
+use libvfio::client::{LeaseRecord, StepRecord};
+use libvfio::pci::{Binding, Identity};
+use libvfio::plan;
+use libvfio::step::{Outcome, Step};
+use serde::{Deserialize, Serialize};
+
+/// Devices held for a tenant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// Its id: eight hexadecimal digits.
+    pub id: String,
+    /// Who has it.
+    pub tenant: String,
+    /// The virtual machine it is for.
+    pub vm: Option<String>,
+    /// User id of the caller that attached it.
+    pub owner: u32,
+    /// When it was made, in seconds since 1970.
+    pub created: u64,
+    /// Where it is in its life.
+    pub state: State,
+    /// Why it failed.
+    pub reason: Option<String>,
+    /// Its functions, and how each was found.
+    pub devices: BTreeMap<PciAddress, Found>,
+    /// The way to the guest. The first step without an outcome may or may not have happened.
+    pub forward: Vec<Recorded>,
+    /// The way back, once it has begun; likewise.
+    pub backward: Vec<Recorded>,
+}
+
+/// Where a lease is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Its devices are on their way to VFIO.
+    Preparing,
+    /// A guest may use its devices.
+    Active,
+    /// Its devices are on their way back.
+    Releasing,
+    /// It ended otherwise than by release; kept until dismissed, holds nothing.
+    Failed,
+}
+
+impl State {
+    /// The word for it on every surface.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Active => "active",
+            Self::Releasing => "releasing",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// A function as it was before the lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// Which one it is.
+    pub identity: Identity,
+    /// Its driver and override.
+    pub before: Binding,
+}
+
+/// A step and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// The step.
+    pub step: Step,
+    /// What came of it; `None` before it is known.
+    pub outcome: Option<Outcome>,
+}
+
+impl Recorded {
+    /// Steps still to be carried out.
+    pub fn todo(steps: impl IntoIterator<Item = Step>) -> Vec<Self> {
+        steps.into_iter().map(|step| Self { step, outcome: None }).collect()
+    }
+}
+
+impl Lease {
+    /// The steps that take back whatever was, or may have been, done. Every step finds out by
+    /// itself whether it is already so, which settles the one that was interrupted.
+    pub fn way_back(&self) -> Vec<Recorded> {
+        let begun = self.forward.iter().take_while(|r| r.outcome.is_some()).count() + 1;
+        Recorded::todo(plan::undo(self.forward.iter().take(begun).map(|r| &r.step)))
+    }
+
+    /// Whether it keeps its devices from others.
+    pub fn holds(&self, device: PciAddress) -> bool {
+        self.state != State::Failed && self.devices.contains_key(&device)
+    }
+
+    /// What the bus is told of it.
+    pub fn record(&self) -> LeaseRecord {
+        let steps = self.forward.iter().chain(&self.backward);
+        LeaseRecord {
+            id: self.id.clone(),
+            tenant: self.tenant.clone(),
+            vm: self.vm.clone(),
+            state: self.state.name().to_owned(),
+            reason: self.reason.clone(),
+            devices: self.devices.keys().map(ToString::to_string).collect(),
+            owner: self.owner,
+            created: self.created,
+            steps: steps.map(|r| StepRecord::new(&r.step, r.outcome)).collect(),
+        }
+    }
+}

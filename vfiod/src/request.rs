@@ -1,0 +1,173 @@
+//! What callers may say: names, tenants and options. Plain checks; touches nothing.
+
+use std::collections::HashMap;
+
+use libvfio::client::Failure;
+use libvfio::error::ErrorKind;
+use zbus::wire::OwnedVariant;
+
+/// Longest name of a tenant, a virtual machine or a device, in bytes.
+const LONGEST: usize = 64;
+/// Most devices one call may name.
+const MOST_DEVICES: usize = 256;
+
+/// Options as they come from the bus.
+pub type RawOptions = HashMap<String, OwnedVariant>;
+
+/// Options of attaching and planning.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttachOptions {
+    /// The virtual machine the devices are for.
+    pub vm: Option<String>,
+    /// Take all members of the groups along.
+    pub whole_group: bool,
+    /// Accept devices somebody else has put on VFIO.
+    pub adopt: bool,
+}
+
+/// Options of releasing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ReleaseOptions {
+    /// Reset the functions that can be reset by themselves before they leave VFIO.
+    pub reset: bool,
+}
+
+/// Options of listing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ListOptions {
+    /// Only what a table shows.
+    pub brief: bool,
+}
+
+fn invalid(message: String) -> Failure {
+    Failure::new(ErrorKind::InvalidArgument, message)
+}
+
+/// Checks the name of a tenant or a virtual machine: it ends up in file names, logs and terminals.
+pub fn check_name(what: &str, name: &str) -> Result<(), Failure> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._:@+-".contains(c);
+    if name.is_empty() || name.len() > LONGEST {
+        return Err(invalid(format!("the {what} has {} bytes; give 1 to {LONGEST}", name.len())));
+    }
+    if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) || !name.chars().all(plain) {
+        return Err(invalid(format!(
+            "the {what} {name:?} has characters that are not allowed; use letters, digits and \
+             . _ : @ + - and begin with a letter or digit"
+        )));
+    }
+    Ok(())
+}
+
+/// Checks the list of devices of one call.
+pub fn check_devices(devices: &[String]) -> Result<(), Failure> {
+    if devices.is_empty() {
+        return Err(invalid("no device was named; name at least one".into()));
+    }
+    if devices.len() > MOST_DEVICES {
+        return Err(invalid(format!(
+            "{} devices were named; name at most {MOST_DEVICES}",
+            devices.len()
+        )));
+    }
+    Ok(())
+}
+
+impl AttachOptions {
+    /// Reads them, refusing what it does not know.
+    pub fn read(raw: &RawOptions) -> Result<Self, Failure> {
+        let mut options = Self::default();
+        for (key, value) in raw {
+            match key.as_str() {
+                "vm" => options.vm = Some(text(key, value)?),
+                "whole_group" => options.whole_group = flag(key, value)?,
+                "adopt" => options.adopt = flag(key, value)?,
+                _ => return Err(unknown(key, &["vm", "whole_group", "adopt"])),
+            }
+        }
+        if let Some(vm) = &options.vm {
+            check_name("virtual machine", vm)?;
+        }
+        Ok(options)
+    }
+}
+
+impl ReleaseOptions {
+    /// Reads them, refusing what it does not know.
+    pub fn read(raw: &RawOptions) -> Result<Self, Failure> {
+        let mut options = Self::default();
+        for (key, value) in raw {
+            match key.as_str() {
+                "reset" => options.reset = flag(key, value)?,
+                _ => return Err(unknown(key, &["reset"])),
+            }
+        }
+        Ok(options)
+    }
+}
+
+impl ListOptions {
+    /// Reads them, refusing what it does not know.
+    pub fn read(raw: &RawOptions) -> Result<Self, Failure> {
+        let mut options = Self::default();
+        for (key, value) in raw {
+            match key.as_str() {
+                "brief" => options.brief = flag(key, value)?,
+                _ => return Err(unknown(key, &["brief"])),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn unknown(key: &str, known: &[&str]) -> Failure {
+    let key: String = key.chars().take(LONGEST).collect();
+    invalid(format!("there is no option {key:?}; the options are {}", known.join(", ")))
+}
+
+fn flag(key: &str, value: &OwnedVariant) -> Result<bool, Failure> {
+    bool::try_from(value.try_clone().map_err(|_| wrong(key, "a boolean"))?)
+        .map_err(|_| wrong(key, "a boolean"))
+}
+
+fn text(key: &str, value: &OwnedVariant) -> Result<String, Failure> {
+    String::try_from(value.try_clone().map_err(|_| wrong(key, "a string"))?)
+        .map_err(|_| wrong(key, "a string"))
+}
+
+fn wrong(key: &str, wanted: &str) -> Failure {
+    invalid(format!("option '{key}' takes {wanted}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zbus::wire::Variant;
+
+    fn raw(key: &str, value: impl Into<Variant<'static>>) -> RawOptions {
+        HashMap::from([(key.to_owned(), value.into().try_into().unwrap())])
+    }
+
+    #[test]
+    fn odd_names_are_refused_with_the_rule() {
+        for good in ["tenant-a", "b3a1f3c6-3a04-4d4e-8a4e-0f6b1f3c63a0", "user@site", "A"] {
+            check_name("tenant", good).unwrap();
+        }
+        let long = "x".repeat(65);
+        for bad in ["", "a b", "a/b", "../x", "-x", "a\n", "ü", "a\u{1b}[31m", long.as_str()] {
+            assert_eq!(
+                check_name("tenant", bad).unwrap_err().kind(),
+                Some(ErrorKind::InvalidArgument)
+            );
+        }
+    }
+
+    #[test]
+    fn options_are_typed_and_known() {
+        assert!(AttachOptions::read(&raw("whole_group", true)).unwrap().whole_group);
+        assert_eq!(AttachOptions::read(&raw("vm", "a")).unwrap().vm.as_deref(), Some("a"));
+        assert!(AttachOptions::read(&raw("vm", 1u32)).is_err());
+        assert!(AttachOptions::read(&raw("vm", "a b")).is_err());
+        let error = ReleaseOptions::read(&raw("rest", true)).unwrap_err().to_string();
+        assert!(error.contains("reset"), "{error}");
+    }
+}

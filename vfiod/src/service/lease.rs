@@ -1,0 +1,82 @@
+//! `org.vfiod1.Lease`: one lease's properties, and its end.
+
+use std::collections::HashMap;
+
+use libvfio::client::{Failure, LeaseRecord};
+use zbus::message::Header;
+
+use super::Caller;
+use crate::authority::Action;
+use crate::lease::Lease;
+use crate::request::{RawOptions, ReleaseOptions};
+
+#[derive(Debug)]
+pub(super) struct LeaseObject {
+    caller: Caller,
+    id: String,
+}
+
+impl LeaseObject {
+    pub(super) fn new(caller: Caller, id: String) -> Self {
+        Self { caller, id }
+    }
+
+    fn record(&self) -> LeaseRecord {
+        self.caller.broker.lease(&self.id).as_ref().map(Lease::record).unwrap_or_default()
+    }
+}
+
+#[zbus::interface(name = "org.vfiod1.Lease", introspection_docs = false)]
+impl LeaseObject {
+    async fn release(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        options: RawOptions,
+    ) -> Result<(), Failure> {
+        let options = ReleaseOptions::read(&options)?;
+        let details = HashMap::from([("target", self.id.as_str())]);
+        self.caller.authority.check(&header, Action::Release, &details).await?;
+        let id = self.id.clone();
+        self.caller.run(move |broker| broker.release(&id, &options).map(drop)).await
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn id(&self) -> String {
+        self.id.clone()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn tenant(&self) -> String {
+        self.record().tenant
+    }
+
+    #[zbus(property(emits_changed_signal = "const"), name = "VM")]
+    fn vm(&self) -> String {
+        self.record().vm.unwrap_or_default()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn devices(&self) -> Vec<String> {
+        self.record().devices
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn owner(&self) -> u32 {
+        self.record().owner
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn created(&self) -> u64 {
+        self.record().created
+    }
+
+    #[zbus(property)]
+    pub(super) fn state(&self) -> String {
+        self.record().state
+    }
+
+    #[zbus(property)]
+    pub(super) fn reason(&self) -> String {
+        self.record().reason.unwrap_or_default()
+    }
+}

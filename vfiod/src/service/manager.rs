@@ -1,0 +1,134 @@
+//! `org.vfiod1.Manager`: the calls. `docs/dbus.md` describes them.
+
+use std::collections::HashMap;
+
+use libvfio::client::{
+    DeviceRecord, Failure, GroupRecord, LeaseRecord, PlanRecord, device_path, lease_path,
+};
+use libvfio::error::ErrorKind;
+use zbus::message::Header;
+use zbus::object_server::SignalEmitter;
+use zbus::wire::OwnedObjectPath;
+
+use super::Caller;
+use crate::authority::Action;
+use crate::request::{AttachOptions, ListOptions, RawOptions, ReleaseOptions, check_name};
+
+#[derive(Debug)]
+pub(super) struct ManagerObject {
+    caller: Caller,
+}
+
+impl ManagerObject {
+    pub(super) fn new(caller: Caller) -> Self {
+        Self { caller }
+    }
+}
+
+#[zbus::interface(name = "org.vfiod1.Manager", introspection_docs = false)]
+impl ManagerObject {
+    #[zbus(out_args("lease", "path"))]
+    async fn attach(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        devices: Vec<String>,
+        tenant: String,
+        options: RawOptions,
+    ) -> Result<(String, OwnedObjectPath), Failure> {
+        check_name("tenant", &tenant)?;
+        let options = AttachOptions::read(&options)?;
+        let listed = devices.join(" ");
+        let details = HashMap::from([("tenant", tenant.as_str()), ("devices", listed.as_str())]);
+        let owner = self.caller.authority.check(&header, Action::Attach, &details).await?;
+        let attach =
+            move |broker: &crate::broker::Broker| broker.attach(&devices, &tenant, &options, owner);
+        let lease = self.caller.run(attach).await?;
+        let path = path(lease_path(&lease.id))?;
+        Ok((lease.id, path))
+    }
+
+    #[zbus(out_args("leases"))]
+    async fn release(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        target: String,
+        options: RawOptions,
+    ) -> Result<Vec<String>, Failure> {
+        check_name("target", &target)?;
+        let options = ReleaseOptions::read(&options)?;
+        let details = HashMap::from([("target", target.as_str())]);
+        self.caller.authority.check(&header, Action::Release, &details).await?;
+        self.caller.run(move |broker| broker.release(&target, &options)).await
+    }
+
+    #[zbus(out_args("plan"))]
+    async fn plan(&self, devices: Vec<String>, options: RawOptions) -> Result<PlanRecord, Failure> {
+        let options = AttachOptions::read(&options)?;
+        self.caller.run(move |broker| broker.plan(&devices, &options)).await
+    }
+
+    #[zbus(out_args("plan"))]
+    async fn explain(&self, device: String) -> Result<PlanRecord, Failure> {
+        let options = AttachOptions::default();
+        self.caller.run(move |broker| broker.plan(&[device], &options)).await
+    }
+
+    #[zbus(out_args("devices"))]
+    #[allow(clippy::needless_pass_by_value)] // What comes from the bus is owned.
+    fn list_devices(&self, options: RawOptions) -> Result<Vec<DeviceRecord>, Failure> {
+        Ok(self.caller.broker.list_devices(ListOptions::read(&options)?.brief))
+    }
+
+    #[zbus(out_args("groups"))]
+    fn list_groups(&self) -> Vec<GroupRecord> {
+        self.caller.broker.list_groups()
+    }
+
+    #[zbus(out_args("leases"))]
+    fn list_leases(&self) -> Vec<LeaseRecord> {
+        self.caller.broker.leases().iter().map(crate::lease::Lease::record).collect()
+    }
+
+    #[zbus(out_args("path"))]
+    fn get_device(&self, name: &str) -> Result<OwnedObjectPath, Failure> {
+        let address = self.caller.broker.resolve(name).map_err(Failure::from)?;
+        path(device_path(address))
+    }
+
+    #[zbus(signal)]
+    pub(super) async fn lease_changed(
+        emitter: &SignalEmitter<'_>,
+        lease: &str,
+        state: &str,
+        reason: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    pub(super) async fn device_added(
+        emitter: &SignalEmitter<'_>,
+        address: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    pub(super) async fn device_changed(
+        emitter: &SignalEmitter<'_>,
+        address: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    pub(super) async fn device_removed(
+        emitter: &SignalEmitter<'_>,
+        address: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    #[allow(clippy::unused_self)] // The bus asks the object.
+    fn version(&self) -> &'static str {
+        env!("CARGO_PKG_VERSION")
+    }
+}
+
+fn path(text: String) -> Result<OwnedObjectPath, Failure> {
+    OwnedObjectPath::try_from(text)
+        .map_err(|e| Failure::new(ErrorKind::Internal, format!("a fault of vfiod: {e}")))
+}

@@ -1,0 +1,103 @@
+//! The bus's side of the daemon: objects, signals, and calls handed to threads that may block.
+//! Decides nothing and touches no file of the host.
+
+mod device;
+mod group;
+mod lease;
+mod manager;
+mod publisher;
+
+use std::sync::Arc;
+
+use libvfio::client::{BUS_NAME, Failure, ROOT_PATH, device_path, group_path, lease_path};
+use libvfio::error::ErrorKind;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use zbus::connection::Builder;
+use zbus::fdo::ObjectManager;
+
+use crate::authority::Authority;
+use crate::broker::{Broker, Change};
+
+use device::DeviceObject;
+use group::GroupObject;
+use lease::LeaseObject;
+use manager::ManagerObject;
+
+/// The daemon's objects on a connection.
+#[derive(Debug)]
+pub struct Service {
+    connection: zbus::Connection,
+    caller: Caller,
+}
+
+impl Service {
+    /// Makes the connection with every object on it. The daemon's name is asked for later, so
+    /// that nobody calls before all is there.
+    pub async fn connect(
+        builder: Builder<'_>,
+        broker: &Arc<Broker>,
+        changes: UnboundedSender<Change>,
+    ) -> zbus::Result<Self> {
+        let mut builder = builder;
+        for device in broker.inventory().functions().map(|f| f.address) {
+            let object = DeviceObject::new(broker.clone(), device);
+            builder = builder.serve_at(device_path(device), object);
+        }
+        for group in broker.inventory().groups().map(|group| group.number) {
+            let object = GroupObject::new(broker.clone(), group);
+            builder = builder.serve_at(group_path(group), object);
+        }
+        let connection = builder.build().await?;
+        let authority = Arc::new(Authority::new(connection.clone()));
+        let caller = Caller { broker: broker.clone(), authority, changes };
+        let server = connection.object_server();
+        for lease in broker.leases() {
+            let object = LeaseObject::new(caller.clone(), lease.id.clone());
+            server.at(lease_path(&lease.id), object).await?;
+        }
+        server.at(ROOT_PATH, ManagerObject::new(caller.clone())).await?;
+        // Last, since it announces every object that comes after it.
+        server.at(ROOT_PATH, ObjectManager).await?;
+        Ok(Self { connection, caller })
+    }
+
+    /// Takes the daemon's name and tells of changes from then on.
+    pub async fn serve(&self, changes: UnboundedReceiver<Change>) -> zbus::Result<()> {
+        self.connection.request_name(BUS_NAME).await?;
+        tokio::spawn(publisher::run(self.connection.clone(), self.caller.clone(), changes));
+        Ok(())
+    }
+
+    /// Completes when the bus has gone.
+    pub async fn closed(&self) {
+        self.connection.closed().await;
+    }
+}
+
+/// What an object needs to answer a call that changes something.
+#[derive(Debug, Clone)]
+struct Caller {
+    broker: Arc<Broker>,
+    authority: Arc<Authority>,
+    changes: UnboundedSender<Change>,
+}
+
+impl Caller {
+    /// Runs `work` where it may block, then waits until all it changed has been told, so that a
+    /// caller finds the objects its reply names.
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Broker) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let broker = self.broker.clone();
+        let result = tokio::task::spawn_blocking(move || work(&broker)).await.unwrap_or_else(|e| {
+            Err(Failure::new(ErrorKind::Internal, format!("a fault of vfiod: {e}")))
+        });
+        let (done, told) = tokio::sync::oneshot::channel();
+        if self.changes.send(Change::Barrier(done)).is_ok() {
+            // A publisher that has ended has nothing more to tell.
+            let _ = told.await;
+        }
+        result
+    }
+}

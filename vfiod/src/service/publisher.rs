@@ -1,0 +1,113 @@
+//! Tells the bus of what changed, in the order it happened: objects come and go, properties and
+//! the Manager's signals follow.
+
+use std::collections::BTreeSet;
+
+use libvfio::client::{ROOT_PATH, device_path, group_path, lease_path};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tracing::warn;
+use zbus::object_server::InterfaceRef;
+
+use super::Caller;
+use super::device::DeviceObject;
+use super::group::GroupObject;
+use super::lease::LeaseObject;
+use super::manager::{ManagerObject, ManagerObjectSignals};
+use crate::broker::Change;
+
+/// Runs until the broker is gone.
+pub(super) async fn run(
+    connection: zbus::Connection,
+    caller: Caller,
+    mut changes: UnboundedReceiver<Change>,
+) {
+    let groups = caller.broker.inventory().groups().map(|group| group.number).collect();
+    let mut publisher = Publisher { connection, caller, groups };
+    while let Some(change) = changes.recv().await {
+        if let Err(error) = publisher.publish(change).await {
+            warn!(%error, "a change could not be told on the bus");
+        }
+    }
+}
+
+struct Publisher {
+    connection: zbus::Connection,
+    caller: Caller,
+    /// Numbers of the groups that have an object.
+    groups: BTreeSet<u32>,
+}
+
+impl Publisher {
+    async fn publish(&mut self, change: Change) -> zbus::Result<()> {
+        let server = self.connection.object_server();
+        match change {
+            Change::Barrier(done) => {
+                // Whoever waited may have gone.
+                let _ = done.send(());
+            }
+            Change::DeviceAdded(address) => {
+                let object = DeviceObject::new(self.caller.broker.clone(), address);
+                server.at(device_path(address), object).await?;
+                self.manager().await?.device_added(&address.to_string()).await?;
+            }
+            Change::DeviceRemoved(address) => {
+                server.remove::<DeviceObject, _>(device_path(address)).await?;
+                self.manager().await?.device_removed(&address.to_string()).await?;
+            }
+            Change::DeviceChanged(address) => {
+                let object: InterfaceRef<DeviceObject> =
+                    server.interface(device_path(address)).await?;
+                let emitter = object.signal_emitter();
+                let device = object.get().await;
+                device.driver_changed(emitter).await?;
+                device.driver_override_changed(emitter).await?;
+                device.lease_changed(emitter).await?;
+                device.enabled_virtual_functions_changed(emitter).await?;
+                self.manager().await?.device_changed(&address.to_string()).await?;
+            }
+            Change::GroupsChanged => self.regroup().await?,
+            Change::LeaseAdded(id) => {
+                let object = LeaseObject::new(self.caller.clone(), id.clone());
+                server.at(lease_path(&id), object).await?;
+                self.manager().await?.lease_changed(&id, "active", "").await?;
+            }
+            Change::LeaseChanged { id, state, reason } => {
+                let path = lease_path(&id);
+                if self.caller.broker.lease(&id).is_none() {
+                    server.remove::<LeaseObject, _>(path).await?;
+                } else {
+                    let object: InterfaceRef<LeaseObject> = server.interface(path).await?;
+                    let emitter = object.signal_emitter();
+                    object.get().await.state_changed(emitter).await?;
+                    object.get().await.reason_changed(emitter).await?;
+                }
+                let reason = reason.unwrap_or_default();
+                self.manager().await?.lease_changed(&id, state, &reason).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn manager(&self) -> zbus::Result<InterfaceRef<ManagerObject>> {
+        self.connection.object_server().interface(ROOT_PATH).await
+    }
+
+    async fn regroup(&mut self) -> zbus::Result<()> {
+        let server = self.connection.object_server();
+        let now: BTreeSet<u32> =
+            self.caller.broker.inventory().groups().map(|group| group.number).collect();
+        for gone in self.groups.difference(&now) {
+            server.remove::<GroupObject, _>(group_path(*gone)).await?;
+        }
+        for new in now.difference(&self.groups) {
+            let object = GroupObject::new(self.caller.broker.clone(), *new);
+            server.at(group_path(*new), object).await?;
+        }
+        for kept in now.intersection(&self.groups) {
+            let object: InterfaceRef<GroupObject> = server.interface(group_path(*kept)).await?;
+            object.get().await.members_changed(object.signal_emitter()).await?;
+        }
+        self.groups = now;
+        Ok(())
+    }
+}

@@ -1,0 +1,111 @@
+//! What the kernel reports of PCI devices. Listens to one netlink socket; its reports are hints
+//! to look again, never facts.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use libvfio::address::PciAddress;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
+    socket, sockopt,
+};
+
+/// The multicast group of the kernel's own reports (`kobject_uevent`, `lib/kobject_uevent.c`).
+const KERNEL_GROUP: u32 = 1;
+/// Room for a burst such as 508 VFs appearing at once.
+const RECEIVE_BUFFER: usize = 8 << 20;
+/// Longest report (`UEVENT_BUFFER_SIZE` is 2048 plus the header).
+const LONGEST: usize = 8192;
+
+/// What a batch of reports amounts to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// Look at these functions again.
+    Look(BTreeSet<PciAddress>),
+    /// Reports were lost: look at everything again.
+    LookEverywhere,
+}
+
+/// The kernel's reports.
+#[derive(Debug)]
+pub struct Uevents {
+    socket: OwnedFd,
+}
+
+impl Uevents {
+    /// Begins to listen. Must happen before the host is first read, or a change in between is lost.
+    pub fn listen() -> io::Result<Self> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Datagram,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkKObjectUEvent,
+        )?;
+        // Needs CAP_NET_ADMIN; without it the default size serves until a burst overruns it, and
+        // that is noticed.
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER);
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+        Ok(Self { socket })
+    }
+
+    /// Waits for reports of PCI functions and gathers all there are. Blocks.
+    pub fn wait(&self) -> io::Result<Hint> {
+        let mut addresses = BTreeSet::new();
+        loop {
+            let wait =
+                if addresses.is_empty() { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
+            let mut buffer = [0u8; LONGEST];
+            match recv(self.socket.as_raw_fd(), &mut buffer, wait) {
+                Ok(length) => addresses.extend(subject(&buffer[..length])),
+                Err(Errno::EAGAIN) => return Ok(Hint::Look(addresses)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::ENOBUFS) => return Ok(Hint::LookEverywhere),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+/// The PCI function a report is about: `action@devpath`, then `KEY=value`, separated by zero bytes
+/// (`Documentation/ABI/testing/sysfs-uevent`). Reports about what is below a function, such as its
+/// VFIO device, are about the function too.
+pub fn subject(report: &[u8]) -> Option<PciAddress> {
+    let mut fields = report.split(|byte| *byte == 0).filter_map(|f| std::str::from_utf8(f).ok());
+    let (_, path) = fields.next()?.split_once('@')?;
+    let subsystem = fields.find_map(|field| field.strip_prefix("SUBSYSTEM="))?;
+    if !matches!(subsystem, "pci" | "vfio-dev") {
+        return None;
+    }
+    path.rsplit('/').find_map(|part| part.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_name_their_function() {
+        let bind = b"bind@/devices/pci0000:00/0000:00:03.0/0000:03:00.0\0ACTION=bind\0\
+                     DEVPATH=/devices/pci0000:00/0000:00:03.0/0000:03:00.0\0SUBSYSTEM=pci\0SEQNUM=9\0";
+        assert_eq!(subject(bind), "03:00.0".parse().ok());
+        let below = b"add@/devices/pci0000:00/0000:03:00.0/vfio-dev/vfio0\0SUBSYSTEM=vfio-dev\0";
+        assert_eq!(subject(below), "03:00.0".parse().ok());
+    }
+
+    #[test]
+    fn other_reports_and_garbage_name_none() {
+        for report in [
+            &b"add@/devices/virtual/net/lo\0SUBSYSTEM=net\0"[..],
+            b"",
+            b"\0\0\0",
+            b"add",
+            b"libudev\0\xfe\xed\xca\xfe",
+            b"add@/devices/pci0000:00\0SUBSYSTEM=pci\0",
+            b"add@/devices/0000:03:00.0\0SUBSYSTEM=\xff\0",
+        ] {
+            assert_eq!(subject(report), None);
+        }
+    }
+}
