@@ -34,8 +34,8 @@ impl GroupObject {
         self.record().members
     }
 
-    #[zbus(property)]
-    pub(super) fn viable(&self) -> bool {
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn viable(&self) -> bool {
         self.record().viable
     }
 
