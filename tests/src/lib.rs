@@ -1,1 +1,9 @@
-//! The language the lab and its host speak.
+//! The lab: a virtual machine with a real kernel, a real IOMMU and PCI devices to assign.
+//!
+//! Without the feature `lab` only what its host needs is built: the machine and the language.
+
+pub mod machine;
+pub mod protocol;
+
+#[cfg(feature = "lab")]
+pub mod lab;

@@ -1,0 +1,142 @@
+//! The init, and only process, of a guest in the lab: reports what PCI functions it sees and
+//! writes and reads video memory when told to. Linked statically; must not need any file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+
+use vfiod_tests::machine::GPU;
+use vfiod_tests::protocol::{FromGuest, GuestFunction, ToGuest};
+
+/// The second serial port; the first is the console.
+const LINK: &str = "/dev/ttyS1";
+
+fn main() {
+    if let Err(error) = serve() {
+        eprintln!("guest-init: {error:#}");
+    }
+    // An init that returned would be a panic of the guest's kernel.
+    let Err(error) = reboot(RebootMode::RB_POWER_OFF);
+    eprintln!("guest-init: power off: {error}");
+}
+
+fn serve() -> Result<()> {
+    for (kind, target) in [("devtmpfs", "/dev"), ("sysfs", "/sys")] {
+        fs::create_dir_all(target)?;
+        mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mounting {target}"))?;
+    }
+    let mut link = OpenOptions::new().read(true).write(true).open(LINK).context(LINK)?;
+    let mut mode = tcgetattr(&link)?;
+    cfmakeraw(&mut mode);
+    tcsetattr(&link, SetArg::TCSANOW, &mode)?;
+
+    let (functions, video) = functions()?;
+    send(&mut link, &FromGuest::Hello { functions })?;
+    for line in BufReader::new(link.try_clone()?).lines() {
+        let answer = match serde_json::from_str(&line?)? {
+            ToGuest::PowerOff => break,
+            ToGuest::WriteVideo { seed } => with_video(video.as_deref(), |memory| {
+                write_pattern(memory, seed);
+                matching_bytes(memory, seed)
+            }),
+            ToGuest::ReadVideo { seed } => {
+                with_video(video.as_deref(), |memory| matching_bytes(memory, seed))
+            }
+        };
+        let failed = |error| FromGuest::Failed { detail: format!("{error:#}") };
+        send(&mut link, &answer.unwrap_or_else(failed))?;
+    }
+    Ok(())
+}
+
+fn send(link: &mut File, message: &FromGuest) -> Result<()> {
+    let mut text = serde_json::to_vec(message)?;
+    text.push(b'\n');
+    Ok(link.write_all(&text)?)
+}
+
+/// All PCI functions, and the directory of the one with video memory.
+fn functions() -> Result<(Vec<GuestFunction>, Option<PathBuf>)> {
+    let (mut functions, mut video) = (Vec::new(), None);
+    for entry in fs::read_dir("/sys/bus/pci/devices")? {
+        let entry = entry?;
+        let directory = entry.path();
+        let number = |file: &str| -> Result<u32> {
+            let text = fs::read_to_string(directory.join(file))?;
+            Ok(u32::from_str_radix(text.trim().trim_start_matches("0x"), 16)?)
+        };
+        let function = GuestFunction {
+            address: entry.file_name().to_string_lossy().into_owned(),
+            vendor: u16::try_from(number("vendor")?)?,
+            device: u16::try_from(number("device")?)?,
+            class: number("class")?,
+            bars: bars(&fs::read_to_string(directory.join("resource"))?),
+        };
+        if (function.vendor, function.device) == (GPU.vendor, GPU.device) {
+            video = Some(directory);
+        }
+        functions.push(function);
+    }
+    functions.sort_by(|a, b| a.address.cmp(&b.address));
+    Ok((functions, video))
+}
+
+/// Sizes of the six BARs from the lines `start end flags` of sysfs's `resource`.
+fn bars(resource: &str) -> Vec<u64> {
+    let size = |line: &str| {
+        let mut fields = line
+            .split_whitespace()
+            .map(|field| u64::from_str_radix(field.trim_start_matches("0x"), 16).unwrap_or(0));
+        match (fields.next(), fields.next()) {
+            (Some(start), Some(end)) if end > start => end - start + 1,
+            _ => 0,
+        }
+    };
+    resource.lines().take(6).map(size).collect()
+}
+
+/// Maps BAR 0 and answers with what `work` counts in it.
+fn with_video(device: Option<&Path>, work: impl FnOnce(&mut [u64]) -> usize) -> Result<FromGuest> {
+    let device = device.context("no video memory in this guest")?;
+    // Memory decoding is off in a device without a driver.
+    fs::write(device.join("enable"), "1").context("enabling the device")?;
+    let file = OpenOptions::new().read(true).write(true).open(device.join("resource0"))?;
+    let size = usize::try_from(file.metadata()?.len())?;
+    let length = NonZeroUsize::new(size).context("BAR 0 is empty")?;
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping of a file of this length, aliasing nothing of ours.
+    let mapping = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }?;
+    // SAFETY: the mapping is page aligned, `size` bytes long, and used by this thread alone;
+    // the BAR is plain memory, without side effects of reading or writing it.
+    let memory = unsafe { std::slice::from_raw_parts_mut(mapping.as_ptr().cast(), size / 8) };
+    let matching = work(memory);
+    // SAFETY: the mapping made above; `memory` is not used any more.
+    unsafe { munmap(mapping, size) }?;
+    Ok(FromGuest::Video { size, matching })
+}
+
+/// A different word at each place, so that neither a constant nor a shift passes for it.
+fn word(seed: u64, index: usize) -> u64 {
+    (seed ^ index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn write_pattern(memory: &mut [u64], seed: u64) {
+    for (index, place) in memory.iter_mut().enumerate() {
+        *place = word(seed, index);
+    }
+    // What is read back must come from the device.
+    std::hint::black_box(memory);
+}
+
+fn matching_bytes(memory: &[u64], seed: u64) -> usize {
+    let same = |(index, value): &(usize, &u64)| **value == word(seed, *index);
+    memory.iter().enumerate().filter(same).count() * 8
+}

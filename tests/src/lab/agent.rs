@@ -1,0 +1,66 @@
+//! The agent: installs the product, then runs the scenarios that the host asks for.
+//!
+//! After each it compares the kernel's state with what it was before the first.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::link::Link;
+use super::sysfs::Snapshot;
+use super::{Lab, PAYLOAD, command, scenarios};
+use crate::protocol::{FromLab, ToLab};
+
+/// Serves the host until it goes away.
+pub fn serve() -> Result<()> {
+    let mut lab = Lab { link: Link::open()? };
+    match prepare() {
+        Ok(hello) => lab.link.send(&hello)?,
+        Err(error) => return lab.link.send(&FromLab::Broken { detail: format!("{error:#}") }),
+    }
+    let found = Snapshot::take()?;
+    while let Some(message) = lab.link.receive()? {
+        let ToLab::Run { scenarios } = message else { bail!("unexpected message {message:?}") };
+        for name in scenarios {
+            lab.link.send(&FromLab::Begin { scenario: name.clone() })?;
+            let start = Instant::now();
+            let outcome = run(&mut lab, &name, &found);
+            lab.link.send(&FromLab::End {
+                scenario: name,
+                seconds: start.elapsed().as_secs_f64(),
+                failure: outcome.err().map(|error| format!("{error:#}")),
+            })?;
+        }
+        lab.link.send(&FromLab::Done)?;
+    }
+    Ok(())
+}
+
+fn prepare() -> Result<FromLab> {
+    command::run(["sh", "-c", &format!("dpkg --install {PAYLOAD}/*.deb")])?
+        .success()
+        .context("installing the product")?;
+    // Drivers are still probing: what scenarios find must not depend on how fast that is.
+    command::run(["udevadm", "settle"])?.success()?;
+    command::run(["systemd-notify", "--ready"])?.success()?;
+    let uptime = std::fs::read_to_string("/proc/uptime")?;
+    Ok(FromLab::Hello {
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim_end().to_owned(),
+        uptime: uptime.split(' ').next().unwrap_or_default().parse()?,
+    })
+}
+
+fn run(lab: &mut Lab, name: &str, found: &Snapshot) -> Result<()> {
+    let scenario = scenarios::find(name).ok_or_else(|| anyhow!("no scenario named {name}"))?;
+    let outcome = scenario(lab);
+    let differences = found.differences(&Snapshot::take()?);
+    if differences.is_empty() {
+        return outcome;
+    }
+    // Later scenarios deserve a clean lab whatever this one left.
+    found.restore().context("restoring the lab")?;
+    match outcome {
+        Err(error) => Err(error),
+        Ok(()) => bail!("the lab was not left as found:\n{}", differences.join("\n")),
+    }
+}

@@ -1,0 +1,165 @@
+//! A virtual machine inside the lab, under its KVM, with devices of the lab passed to it.
+//!
+//! Owns the QEMU process: a guest that is dropped is killed.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{PAYLOAD, command, wait_until};
+use crate::protocol::{FromGuest, GuestFunction, ToGuest};
+
+/// Nested under emulation a guest boots in 6 to 8 s; on a busy machine it may take much longer.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const INITRD: &str = "/run/lab-guest.cpio";
+
+/// A running guest.
+#[derive(Debug)]
+pub struct Guest {
+    qemu: Child,
+    link: BufReader<UnixStream>,
+    functions: Vec<GuestFunction>,
+    log: String,
+}
+
+impl Guest {
+    /// Starts a guest with these functions of the lab and waits until it has booted.
+    pub fn start<'a>(addresses: impl IntoIterator<Item = &'a str>) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let base = format!("/run/lab-guest-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let (socket, log) = (format!("{base}.sock"), format!("{base}.log"));
+        prepare()?;
+
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args([
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+            "-m",
+            "256",
+            "-nodefaults",
+            "-display",
+            "none",
+        ])
+        .args(["-machine", "q35", "-no-reboot", "-kernel", "/vmlinuz", "-initrd", INITRD])
+        .args(["-append", "console=ttyS0 loglevel=3 mitigations=off nokaslr panic=-1"])
+        .args(["-serial", &format!("file:{log}")])
+        .args(["-serial", &format!("unix:{socket},server=on,wait=off")]);
+        for address in addresses {
+            qemu.args(["-device", &format!("vfio-pci,host={address}")]);
+        }
+        let stderr = std::fs::File::create(format!("{base}.err"))?;
+        let mut qemu = qemu.stderr(stderr).stdin(Stdio::null()).spawn().context("starting QEMU")?;
+        let link = connect(&mut qemu, &socket)
+            .with_context(|| std::fs::read_to_string(format!("{base}.err")).unwrap_or_default())?;
+        let mut guest = Self { qemu, link: BufReader::new(link), functions: Vec::new(), log };
+        match guest.receive(BOOT_LIMIT)? {
+            FromGuest::Hello { functions } => guest.functions = functions,
+            other => bail!("the guest began with {other:?}"),
+        }
+        Ok(guest)
+    }
+
+    /// The PCI functions the guest sees.
+    pub fn functions(&self) -> &[GuestFunction] {
+        &self.functions
+    }
+
+    /// Whether the guest sees a function of this vendor and device.
+    pub fn sees(&self, vendor: u16, device: u16) -> bool {
+        self.functions.iter().any(|f| (f.vendor, f.device) == (vendor, device))
+    }
+
+    /// Fills the GPU's video memory with a pattern, reads it back, and returns its size in bytes.
+    pub fn write_video(&mut self, seed: u64) -> Result<usize> {
+        let (size, matching) = self.video(ToGuest::WriteVideo { seed })?;
+        ensure!(size == matching, "only {matching} of {size} bytes of video memory held");
+        Ok(size)
+    }
+
+    /// How many bytes of video memory hold the pattern written with this seed.
+    pub fn read_video(&mut self, seed: u64) -> Result<usize> {
+        Ok(self.video(ToGuest::ReadVideo { seed })?.1)
+    }
+
+    /// Asks the guest to power off and waits until its QEMU has ended.
+    pub fn power_off(mut self) -> Result<()> {
+        self.send(ToGuest::PowerOff)?;
+        let qemu = &mut self.qemu;
+        wait_until("the guest powers off", ANSWER_LIMIT, || Ok(qemu.try_wait()?.is_some()))?;
+        let status = self.qemu.wait()?;
+        ensure!(status.success(), "the guest's QEMU ended with {status}");
+        Ok(())
+    }
+
+    fn video(&mut self, command: ToGuest) -> Result<(usize, usize)> {
+        self.send(command)?;
+        match self.receive(ANSWER_LIMIT)? {
+            FromGuest::Video { size, matching } => Ok((size, matching)),
+            other => bail!("{command:?} was answered by {other:?}"),
+        }
+    }
+
+    fn send(&mut self, command: ToGuest) -> Result<()> {
+        let mut line = serde_json::to_vec(&command)?;
+        line.push(b'\n');
+        self.link.get_mut().write_all(&line).context("writing to the guest")
+    }
+
+    fn receive(&mut self, limit: Duration) -> Result<FromGuest> {
+        self.link.get_ref().set_read_timeout(Some(limit))?;
+        let mut line = String::new();
+        let start = Instant::now();
+        let outcome = self.link.read_line(&mut line);
+        if !matches!(outcome, Ok(length) if length > 0) {
+            let console = std::fs::read_to_string(&self.log).unwrap_or_default();
+            bail!("no answer from the guest after {:?}; its console:\n{console}", start.elapsed());
+        }
+        serde_json::from_str(&line).with_context(|| format!("the guest said {line:?}"))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Already ended is as good as killed.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// KVM, and the initial file system that is nothing but the guest's init.
+fn prepare() -> Result<()> {
+    command::run(["modprobe", "kvm_amd"])?.success()?;
+    if !Path::new(INITRD).exists() {
+        let pack = format!(
+            "mkdir -p /run/lab-guest && cp {PAYLOAD}/guest-init /run/lab-guest/init && \
+             cd /run/lab-guest && echo init | cpio --quiet -o -H newc > {INITRD}"
+        );
+        command::run(["sh", "-c", &pack])?.success()?;
+    }
+    Ok(())
+}
+
+fn connect(qemu: &mut Child, socket: &str) -> Result<UnixStream> {
+    let start = Instant::now();
+    loop {
+        if let Ok(stream) = UnixStream::connect(socket) {
+            return Ok(stream);
+        }
+        if let Some(status) = qemu.try_wait()? {
+            bail!("the guest's QEMU ended with {status}");
+        }
+        if start.elapsed() > ANSWER_LIMIT {
+            let _ = qemu.kill();
+            bail!("the guest's QEMU never opened {socket}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

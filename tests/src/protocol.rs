@@ -1,0 +1,163 @@
+//! What the lab, its host and the guests in it say to each other: JSON, one message a line.
+//!
+//! Types only; who sends them over which port is for the ends to know.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// From the agent in the lab to its host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum FromLab {
+    /// The lab has booted and the product is installed.
+    Hello {
+        /// The kernel's release.
+        kernel: String,
+        /// Seconds since the kernel started.
+        uptime: f64,
+    },
+    /// The lab cannot serve; it is useless from here on.
+    Broken {
+        /// What went wrong.
+        detail: String,
+    },
+    /// A scenario starts; all until its `End` belongs to it.
+    Begin {
+        /// The scenario's name.
+        scenario: String,
+    },
+    /// Narration: what was just shown or is about to be.
+    Step {
+        /// One line for people.
+        text: String,
+    },
+    /// A benchmark's row.
+    Bench {
+        /// The figures.
+        row: BenchRow,
+    },
+    /// A command for the machine's QMP socket; answered by [`ToLab::Qmp`].
+    Qmp {
+        /// The QMP command.
+        execute: String,
+        /// Its arguments.
+        arguments: Value,
+    },
+    /// A scenario has ended.
+    End {
+        /// The scenario's name.
+        scenario: String,
+        /// Seconds it took.
+        seconds: f64,
+        /// Why it failed; nothing if it passed.
+        failure: Option<String>,
+    },
+    /// All that was asked for has run.
+    Done,
+}
+
+/// From the host to the agent in the lab.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum ToLab {
+    /// Run these scenarios in this order.
+    Run {
+        /// Their names.
+        scenarios: Vec<String>,
+    },
+    /// The answer to [`FromLab::Qmp`].
+    Qmp {
+        /// QMP's return value or its error's description.
+        result: Result<Value, String>,
+    },
+}
+
+/// A scenario's name and what it shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScenarioInfo {
+    /// What one types to run it.
+    pub name: String,
+    /// One line.
+    pub about: String,
+}
+
+/// The median of a benchmark's runs, its spread, and what it is compared with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BenchRow {
+    /// The benchmark's name.
+    pub name: String,
+    /// What the figures are in.
+    pub unit: String,
+    /// How many runs.
+    pub n: usize,
+    /// Median of the runs.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The most.
+    pub max: f64,
+    /// Our median over that of the bare floor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub floor_ratio: Option<f64>,
+    /// Our median over each peer's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub peer_ratios: BTreeMap<String, f64>,
+}
+
+/// From the init of a guest in the lab to the agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum FromGuest {
+    /// The guest has booted.
+    Hello {
+        /// Its PCI functions.
+        functions: Vec<GuestFunction>,
+    },
+    /// A command was carried out.
+    Video {
+        /// The video memory's size in bytes.
+        size: usize,
+        /// How many bytes held what was asked for.
+        matching: usize,
+    },
+    /// A command could not be carried out.
+    Failed {
+        /// Why.
+        detail: String,
+    },
+}
+
+/// From the agent to the init of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "message", rename_all = "kebab-case")]
+pub enum ToGuest {
+    /// Fill the GPU's video memory with the pattern of a seed; answered by `Video`.
+    WriteVideo {
+        /// Distinguishes one pattern from another.
+        seed: u64,
+    },
+    /// Count the bytes of video memory that hold the pattern of a seed; answered by `Video`.
+    ReadVideo {
+        /// The seed it was written with.
+        seed: u64,
+    },
+    /// Power off.
+    PowerOff,
+}
+
+/// A PCI function as a guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFunction {
+    /// Its address in the guest.
+    pub address: String,
+    /// Vendor identifier.
+    pub vendor: u16,
+    /// Device identifier.
+    pub device: u16,
+    /// Class, subclass and programming interface.
+    pub class: u32,
+    /// Sizes of its BARs in bytes, 0 where there is none.
+    pub bars: Vec<u64>,
+}

@@ -1,0 +1,62 @@
+//! `cargo xtask ci`: every check there is, in the order of how soon they tell.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::Result;
+
+use crate::{exec, progress, test};
+
+/// The version of cargo-deny that the rules are written for.
+const DENY: &str = "0.20.2";
+
+/// Runs all checks and stops at the first that fails.
+pub(crate) fn run() -> Result<ExitCode> {
+    progress::step("checking the format", || {
+        exec::loud(exec::cargo().args(["fmt", "--all", "--check"]))
+    })?;
+    progress::step("linting", || {
+        exec::loud(
+            exec::cargo()
+                .args(["clippy", "--quiet", "--workspace", "--all-targets"])
+                .args(["--", "--deny", "warnings"]),
+        )
+    })?;
+    progress::step("building the documentation", || {
+        exec::loud(exec::cargo().env("RUSTDOCFLAGS", "--deny warnings").args([
+            "doc",
+            "--quiet",
+            "--workspace",
+            "--no-deps",
+        ]))
+    })?;
+    let deny = cargo_deny()?;
+    progress::step("checking the dependencies' licences and sources", || {
+        exec::quiet(Command::new(deny).current_dir(exec::root()).args([
+            "--offline",
+            "--all-features",
+            "check",
+            "licenses",
+            "bans",
+            "sources",
+        ]))
+    })?;
+    test::run()
+}
+
+/// cargo-deny, installed first if this version is not there yet.
+fn cargo_deny() -> Result<PathBuf> {
+    let directory = exec::output()?.join(format!("cargo-deny-{DENY}"));
+    let program = directory.join("bin/cargo-deny");
+    if !program.exists() {
+        progress::step("installing cargo-deny (once; some minutes)", || {
+            exec::quiet(
+                exec::cargo()
+                    .args(["install", "--quiet", "--locked", "cargo-deny", "--version", DENY])
+                    .arg("--root")
+                    .arg(&directory),
+            )
+        })?;
+    }
+    Ok(program)
+}

@@ -1,0 +1,106 @@
+//! Running programs, cargo among them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::progress;
+
+/// The repository's root.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// Where generated things go that cargo did not make.
+pub(crate) fn output() -> Result<PathBuf> {
+    let text = cargo().args(["metadata", "--format-version=1", "--no-deps"]).output()?.stdout;
+    let metadata: Value = serde_json::from_slice(&text).context("cargo metadata")?;
+    let target = metadata["target_directory"].as_str().context("cargo metadata")?;
+    let output = Path::new(target).join("xtask");
+    std::fs::create_dir_all(&output)?;
+    Ok(output)
+}
+
+/// The cargo that runs us, at the repository's root.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Runs a program whose output only matters if it fails.
+pub(crate) fn quiet(command: &mut Command) -> Result<()> {
+    let output = start_error(command, Command::output)?;
+    if !output.status.success() {
+        let (out, err) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!("{command:?} ended with {}\n{out}{err}", output.status);
+    }
+    Ok(())
+}
+
+/// Runs a program that speaks for itself.
+pub(crate) fn loud(command: &mut Command) -> Result<()> {
+    let status = start_error(command, Command::status)?;
+    ensure!(status.success(), "{command:?} ended with {status}");
+    Ok(())
+}
+
+fn start_error<T>(
+    command: &mut Command,
+    start: impl FnOnce(&mut Command) -> std::io::Result<T>,
+) -> Result<T> {
+    let program = command.get_program().to_owned();
+    start(command).with_context(|| format!("starting {}", program.display()))
+}
+
+/// Builds the product's binaries: the daemon and the command line.
+pub(crate) fn build_product() -> Result<Vec<PathBuf>> {
+    progress::step("building vfiod and vfioctl", || {
+        build(cargo().args(["build", "--release", "--package", "vfiod", "--bins"]))
+    })
+}
+
+/// Builds what runs inside the lab.
+pub(crate) fn build_agent() -> Result<PathBuf> {
+    let built = progress::step("building the lab's agent", || {
+        let package = ["build", "--release", "--package", "vfiod-tests"];
+        build(cargo().args(package).args(["--bin", "lab-agent"]))
+    })?;
+    named(&built, "lab-agent")
+}
+
+/// Builds the init of the lab's guests, linked statically: it is all there is in a guest.
+pub(crate) fn build_guest_init() -> Result<PathBuf> {
+    let built = progress::step("building the guest's init", || {
+        build(
+            cargo()
+                .env("RUSTFLAGS", "-C target-feature=+crt-static")
+                .args(["build", "--release", "--target", "x86_64-unknown-linux-gnu"])
+                .args(["--package", "vfiod-tests", "--bin", "guest-init"])
+                .args(["--no-default-features", "--features", "guest"]),
+        )
+    })?;
+    named(&built, "guest-init")
+}
+
+/// The executable of that name among those that [`build`] made.
+pub(crate) fn named(executables: &[PathBuf], name: &str) -> Result<PathBuf> {
+    let found = executables.iter().find(|path| path.file_name().is_some_and(|file| file == name));
+    found.cloned().with_context(|| format!("cargo did not build {name}"))
+}
+
+/// Runs `cargo build` and returns the executables it made or found fresh.
+fn build(command: &mut Command) -> Result<Vec<PathBuf>> {
+    command.arg("--quiet").arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
+    let output = start_error(command, Command::output)?;
+    ensure!(output.status.success(), "{command:?} ended with {}", output.status);
+    let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+    let mut executables = Vec::new();
+    for message in messages {
+        executables.extend(message?["executable"].as_str().map(PathBuf::from));
+    }
+    Ok(executables)
+}

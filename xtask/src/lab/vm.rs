@@ -1,0 +1,172 @@
+//! Starts the lab's QEMU out of the lab's own root file system.
+//!
+//! All mounts and files of a run live in a mount namespace of this process: when it ends, however
+//! it ends, they are gone. QEMU is told to die with us.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use vfiod_tests::machine::{self, Files};
+
+use super::image::{Image, make_disk};
+use super::{cache, qmp::Qmp};
+
+/// Where the run's files are for QEMU, below the lab's root file system.
+const FILES: Files = Files {
+    root: "/run/root.img",
+    payload: "/run/payload.img",
+    disk: "/run/disk.img",
+    qmp: "/run/qmp.sock",
+    agent: "/run/agent.sock",
+};
+
+const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda intel_iommu=on mitigations=off audit=0 \
+    nokaslr quiet loglevel=4 systemd.show_status=0 net.ifnames=0";
+
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// What a run puts into the lab.
+#[derive(Debug)]
+pub(super) struct Payload {
+    pub(super) package: PathBuf,
+    pub(super) agent: PathBuf,
+    pub(super) guest_init: PathBuf,
+}
+
+/// Where the lab's console goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Console {
+    /// To a file.
+    Log,
+    /// To our terminal, with a shell on it.
+    Terminal,
+}
+
+/// A running lab.
+#[derive(Debug)]
+pub(super) struct Vm {
+    qemu: Child,
+    log: PathBuf,
+    pub(super) qmp: Qmp,
+    pub(super) agent: UnixStream,
+}
+
+impl Vm {
+    pub(super) fn start(image: &Image, payload: &Payload, console: Console) -> Result<Self> {
+        let tree = image.tree();
+        enter_namespace(image)?;
+        make_payload(&inside(&tree, FILES.payload), payload)?;
+
+        let log = cache::directory()?.join("console.log");
+        let mut qemu = qemu(&tree, console, &log)?;
+        let agent = connect(&mut qemu, &inside(&tree, FILES.agent), &log)?;
+        let qmp = Qmp::new(connect(&mut qemu, &inside(&tree, FILES.qmp), &log)?)?;
+        Ok(Self { qemu, log, qmp, agent })
+    }
+
+    /// The last lines of the console, and of what QEMU had to say.
+    pub(super) fn console_tail(&self) -> String {
+        let text = String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    /// Waits until the lab has powered off.
+    pub(super) fn wait(mut self) -> Result<()> {
+        self.qemu.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Ended already is as good as killed.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+fn inside(tree: &Path, path: &str) -> PathBuf {
+    tree.join(path.trim_start_matches('/'))
+}
+
+/// A private view of the file systems with the run's files in the lab's root file system.
+fn enter_namespace(image: &Image) -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    let tree = image.tree();
+    for (source, kind, target) in [("run", "tmpfs", "run"), ("proc", "proc", "proc")] {
+        mount(Some(source), &tree.join(target), Some(kind), MsFlags::empty(), none)
+            .with_context(|| format!("mounting the lab's /{target}"))?;
+    }
+    let bind = |source: &Path, target: &Path| {
+        mount(Some(source), target, none, MsFlags::MS_BIND, none)
+            .with_context(|| format!("binding {}", source.display()))
+    };
+    bind(Path::new("/dev"), &tree.join("dev"))?;
+    for (file, target) in [(image.root(), FILES.root), (image.disk(), FILES.disk)] {
+        let target = inside(&tree, target);
+        File::create(&target)?;
+        bind(&file, &target)?;
+    }
+    Ok(())
+}
+
+fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
+    let staging = disk.with_extension("d");
+    fs::create_dir(&staging)?;
+    for (file, name) in [
+        (&payload.package, "vfiod.deb"),
+        (&payload.agent, "lab-agent"),
+        (&payload.guest_init, "guest-init"),
+    ] {
+        fs::copy(file, staging.join(name)).with_context(|| file.display().to_string())?;
+    }
+    make_disk(disk, "64M", "payload", Some(&staging))
+}
+
+fn qemu(tree: &Path, console: Console, log: &Path) -> Result<Child> {
+    let log = File::create(log).with_context(|| log.display().to_string())?;
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--pdeathsig", "KILL", "chroot"])
+        .arg(tree)
+        .arg("qemu-system-x86_64")
+        .args(machine::arguments(&FILES))
+        .args(["-kernel", "/vmlinuz", "-initrd", "/boot/lab-initrd"])
+        .stderr(log.try_clone()?);
+    match console {
+        Console::Log => command
+            .args(["-serial", "stdio", "-append", COMMAND_LINE])
+            .stdin(Stdio::null())
+            .stdout(log),
+        Console::Terminal => command
+            .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
+            .args(["-append", &format!("{COMMAND_LINE} lab.shell")]),
+    };
+    command.spawn().context("starting QEMU")
+}
+
+fn connect(qemu: &mut Child, socket: &Path, log: &Path) -> Result<UnixStream> {
+    let start = Instant::now();
+    loop {
+        if let Ok(stream) = UnixStream::connect(socket) {
+            return Ok(stream);
+        }
+        if let Some(status) = qemu.try_wait()? {
+            let said = fs::read_to_string(log).unwrap_or_default();
+            bail!("QEMU ended with {status}\n{said}");
+        }
+        if start.elapsed() > START_LIMIT {
+            bail!("QEMU did not open {}", socket.display());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,56 @@
+//! `cargo xtask test`: the crates' own tests, then every scenario in one boot of the lab.
+
+use std::process::{ExitCode, Stdio};
+
+use anyhow::{Result, ensure};
+
+use crate::lab::{self, Voice};
+use crate::{exec, progress};
+
+/// Runs all tests; the last line printed is `N passed, N failed`.
+pub(crate) fn run() -> Result<ExitCode> {
+    let (unit_passed, unit_failed) = progress::step("running the crates' tests", unit_tests)?;
+    let summary = lab::play(&lab::suite()?, Voice::Steps)?;
+    let scenarios = summary.passed + summary.failed;
+    println!("{} tests of the crates, {scenarios} scenarios", unit_passed + unit_failed);
+    println!("{} passed, {} failed", unit_passed + summary.passed, unit_failed + summary.failed);
+    Ok(if unit_failed == 0 { summary.exit_code() } else { ExitCode::FAILURE })
+}
+
+/// Runs `cargo test`; how many passed and failed. Those that fail are shown.
+fn unit_tests() -> Result<(usize, usize)> {
+    let output = exec::cargo()
+        .args(["test", "--quiet", "--workspace", "--no-fail-fast"])
+        .stderr(Stdio::inherit())
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (passed, failed) = text
+        .lines()
+        .filter_map(counts)
+        .fold((0, 0), |(passed, failed), (p, f)| (passed + p, failed + f));
+    if failed > 0 {
+        eprintln!("{text}");
+    }
+    ensure!(output.status.success() || failed > 0, "cargo test ended with {}", output.status);
+    Ok((passed, failed))
+}
+
+/// The counts in libtest's line `test result: ok. 5 passed; 0 failed; ...`.
+fn counts(line: &str) -> Option<(usize, usize)> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut numbers = counts.split("; ").map(|count| count.split(' ').next()?.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::counts;
+
+    #[test]
+    fn counts_are_read_from_a_result_line_only() {
+        let line = "test result: FAILED. 5 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
+        assert_eq!(counts(line), Some((5, 2)));
+        assert_eq!(counts("test a ... ok"), None);
+        assert_eq!(counts("test result: ok"), None);
+    }
+}
