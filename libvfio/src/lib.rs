@@ -39,5 +39,7 @@ pub mod step;
 pub mod kvm;
 pub mod vfio;
 
+pub mod readiness;
+
 #[cfg(feature = "client")]
 pub mod client;
