@@ -11,6 +11,7 @@ use crate::address::PciAddress;
 use crate::error::Error;
 use crate::host::HostRoot;
 use crate::pci::Function;
+use crate::pci::config::PortType;
 
 /// An IOMMU group: the smallest set of functions that can be isolated from all others.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +82,12 @@ impl Group {
         if let Some(bridge) = ports.iter().filter_map(port).find(conventional) {
             return Sharing::Conventional(bridge.address);
         }
-        let lacking = |f: &&Function| !f.config.acs().is_some_and(|acs| acs.isolates());
+        // Only ports towards several devices need it; the upstream port of a switch does not.
+        let lacking = |f: &&Function| {
+            let port = f.config.pcie().map(|pcie| pcie.port_type);
+            matches!(port, Some(PortType::RootPort | PortType::DownstreamSwitchPort))
+                && !f.config.acs().is_some_and(|acs| acs.isolates())
+        };
         let ports: Vec<PciAddress> =
             ports.iter().filter_map(port).filter(lacking).map(|f| f.address).collect();
         if ports.is_empty() { Sharing::Unknown } else { Sharing::NoAcs(ports) }

@@ -6,6 +6,7 @@ mod agent;
 pub mod command;
 mod guest;
 mod link;
+pub mod product;
 mod scenarios;
 pub mod sysfs;
 

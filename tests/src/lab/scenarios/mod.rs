@@ -1,5 +1,10 @@
 //! The scenarios, in the order they run.
 
+mod attach;
+mod bench;
+mod demo;
+mod life;
+mod refusals;
 mod selftest;
 
 use anyhow::Result;
@@ -9,11 +14,25 @@ use crate::protocol::ScenarioInfo;
 
 type Scenario = fn(&mut Lab) -> Result<()>;
 
-const SCENARIOS: [(&str, &str, Scenario); 1] = [(
-    "selftest",
-    "the lab itself: devices, groups, VFIO and a guest, by bare sysfs writes",
-    selftest::run,
-)];
+const SCENARIOS: &[(&str, &str, Scenario)] = &[
+    (
+        "selftest",
+        "the lab itself: devices, groups, VFIO and a guest, by bare sysfs writes",
+        selftest::run,
+    ),
+    ("bus", "busctl attaches GPU and VF, a guest uses them, release restores", attach::bus),
+    ("command-line", "the same with vfioctl", attach::command_line),
+    ("restore", "no driver, an own override, an adopted device: all come back", attach::restore),
+    ("leased", "a second tenant is refused, naming the lease", attach::leased),
+    ("autoprobe", "a VF that a host driver took by itself", attach::autoprobe),
+    ("shared-group", "a group with a disk of the host", refusals::shared_group),
+    ("unprivileged", "who may look and who may change", refusals::unprivileged),
+    ("bad-input", "every wrong input has its answer", refusals::bad_input),
+    ("restart", "the daemon restarts while a guest has its devices", life::restart),
+    ("hotplug", "devices go and come, leased and not", life::hotplug),
+    ("demo", "the product at work, told as a story", demo::run),
+    ("bench", "what it costs beside the kernel and its peers", bench::run),
+];
 
 /// Every scenario's name and what it shows.
 pub fn list() -> Vec<ScenarioInfo> {

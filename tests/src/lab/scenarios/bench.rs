@@ -1,0 +1,251 @@
+//! What the product costs, beside the bare kernel and its peers, in one boot.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use libvfio::client::ManagerProxy;
+
+use crate::lab::product::busctl_attach;
+use crate::lab::{Lab, command, sysfs};
+use crate::machine::NIC;
+use crate::protocol::BenchRow;
+
+/// Runs of what takes milliseconds.
+const MANY: usize = 60;
+/// Runs of what takes a tenth of a second or more.
+const SOME: usize = 15;
+
+pub(super) fn run(lab: &mut Lab) -> Result<()> {
+    command::run(["modprobe", "vfio-pci"])?.success()?;
+    sysfs::write(NIC.address, "sriov_drivers_autoprobe", "0")?;
+    sysfs::write(NIC.address, "sriov_numvfs", "1")?;
+    let vf = sysfs::virtual_function(NIC.address, 0)?;
+    for unit in ["libvirtd.service", "vfiod.service"] {
+        command::run(["systemctl", "start", unit])?.success()?;
+    }
+    command::run(["udevadm", "settle"])?.success()?;
+
+    attach_release(lab, &vf)?;
+    each_a_process(lab, &vf)?;
+    list(lab)?;
+    memory(lab)?;
+    startup(lab)?;
+
+    sysfs::write(NIC.address, "sriov_numvfs", "0")?;
+    sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
+}
+
+/// One function, one connection: a cycle of attach and release.
+fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let manager = runtime.block_on(async {
+        let connection = zbus::Connection::system().await?;
+        ManagerProxy::new(&connection).await
+    })?;
+    let mut virsh = Virsh::start()?;
+    let node = node_name(vf);
+    // Taken in turns, so that what the machine does besides falls on all alike.
+    let (mut ours, mut floor, mut session) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..MANY {
+        floor.push(timed(|| {
+            sysfs::bind(vf, Some("vfio-pci"))?;
+            sysfs::write(vf, "driver/unbind", vf)?;
+            sysfs::write(vf, "driver_override", "\n")
+        })?);
+        ours.push(timed(|| {
+            runtime.block_on(async {
+                let (lease, _) = manager.attach(&[vf], "bench", [].into()).await?;
+                let ended = manager.release(&lease, [].into()).await?;
+                ensure!(ended == [lease], "released {ended:?}");
+                Ok(())
+            })
+        })?);
+        session.push(timed(|| {
+            virsh.ask(&format!("nodedev-detach {node}"), "detached")?;
+            virsh.ask(&format!("nodedev-reattach {node}"), "re-attached")
+        })?);
+    }
+    let mut row = row("attach-release", "ms", &ours);
+    row.floor_ratio = Some(row.median / median(&floor));
+    row.peer_ratios = peers(&row, [("virsh-session", &session)]);
+    lab.bench(row)
+}
+
+/// The same with a process for each operation, as scripts and hooks do it.
+fn each_a_process(lab: &mut Lab, vf: &str) -> Result<()> {
+    let node = node_name(vf);
+    let cycle = |first: &[&str], second: &[&str]| {
+        timed(|| {
+            command::run(first.iter().copied())?.success()?;
+            command::run(second.iter().copied())?.success().map(drop)
+        })
+    };
+    let (mut ours, mut virsh, mut driverctl) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..SOME {
+        let attach = ["vfioctl", "attach", vf, "--tenant", "bench"];
+        ours.push(cycle(&attach, &["vfioctl", "release", vf])?);
+        let detach = ["virsh", "nodedev-detach", &node];
+        virsh.push(cycle(&detach, &["virsh", "nodedev-reattach", &node])?);
+        let set = ["driverctl", "--nosave", "set-override", vf, "vfio-pci"];
+        driverctl.push(cycle(&set, &["driverctl", "--nosave", "unset-override", vf])?);
+        // driverctl leaves it to whatever driver matches.
+        if sysfs::driver(vf).is_some() {
+            sysfs::write(vf, "driver/unbind", vf)?;
+        }
+    }
+    let mut row = row("cli-attach-release", "ms", &ours);
+    row.peer_ratios = peers(&row, [("virsh", &virsh), ("driverctl", &driverctl)]);
+    lab.bench(row)
+}
+
+/// All functions with their drivers: whole processes.
+fn list(lab: &mut Lab) -> Result<()> {
+    let whole =
+        |command: &[&str]| timed(|| command::run(command.iter().copied())?.success().map(drop));
+    let (mut ours, mut lspci, mut nodedev) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..SOME {
+        ours.push(whole(&["vfioctl", "list", "--all"])?);
+        lspci.push(whole(&["lspci", "-nnk"])?);
+        nodedev.push(whole(&["virsh", "nodedev-list", "--cap", "pci"])?);
+    }
+    let mut row = row("list", "ms", &ours);
+    row.peer_ratios = peers(&row, [("lspci", &lspci), ("nodedev-list", &nodedev)]);
+    lab.bench(row)
+}
+
+/// What stays in memory after all of the above.
+fn memory(lab: &mut Lab) -> Result<()> {
+    let ours = [resident("vfiod.service")?];
+    let mut row = row("resident-memory", "MiB", &ours);
+    row.peer_ratios = peers(&row, [("libvirtd", &[resident("libvirtd.service")?])]);
+    lab.bench(row)
+}
+
+/// From the start of the unit to its readiness, with one lease to look after.
+fn startup(lab: &mut Lab) -> Result<()> {
+    let lease = busctl_attach(NIC_FREE, "bench")?;
+    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..SOME {
+        command::run(["systemctl", "stop", "vfiod"])?.success()?;
+        ours.push(timed(|| command::run(["systemctl", "start", "vfiod"])?.success().map(drop))?);
+        let bus = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus"];
+        let call = ["busctl", "call"].into_iter().chain(bus).chain(["GetId"]);
+        bare.push(timed(|| command::run(call)?.success().map(drop))?);
+        // More starts in ten seconds than systemd allows by itself.
+        command::run(["systemctl", "reset-failed", "vfiod"])?;
+    }
+    command::run(["vfioctl", "release", &lease])?.success()?;
+    let mut row = row("startup", "ms", &ours);
+    row.floor_ratio = Some(row.median / median(&bare));
+    lab.bench(row)
+}
+
+/// A function nobody uses, to hold a lease on while the daemon restarts.
+const NIC_FREE: &str = crate::machine::EDU.address;
+
+/// A `virsh` that reads its commands from us.
+struct Virsh {
+    process: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Virsh {
+    fn start() -> Result<Self> {
+        let mut process = Command::new("virsh")
+            .args(["--quiet", "--connect", "qemu:///system"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting virsh")?;
+        let input = process.stdin.take().context("no stdin")?;
+        let output = BufReader::new(process.stdout.take().context("no stdout")?);
+        Ok(Self { process, input, output })
+    }
+
+    /// Gives a command and reads until a line has `answer` in it.
+    fn ask(&mut self, line: &str, answer: &str) -> Result<()> {
+        writeln!(self.input, "{line}")?;
+        let mut said = String::new();
+        loop {
+            let length = self.output.read_line(&mut said)?;
+            if said.lines().last().is_some_and(|last| last.contains(answer)) {
+                return Ok(());
+            }
+            ensure!(length > 0, "virsh ended; it said\n{said}");
+            if said.contains("error:") {
+                bail!("virsh {line}: {said}");
+            }
+        }
+    }
+}
+
+impl Drop for Virsh {
+    fn drop(&mut self) {
+        // Already ended is as good as killed.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// libvirt's name of a function: `pci_0000_01_10_0`.
+fn node_name(address: &str) -> String {
+    format!("pci_{}", address.replace([':', '.'], "_"))
+}
+
+/// Resident memory of a unit's main process, in MiB.
+fn resident(unit: &str) -> Result<f64> {
+    let pid =
+        command::run(["systemctl", "show", "--property=MainPID", "--value", unit])?.success()?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.trim()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kib: f64 = line.split_whitespace().next().context("no number")?.parse()?;
+    Ok(kib / 1024.0)
+}
+
+fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    work()?;
+    Ok(milliseconds(start.elapsed()))
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+fn row(name: &str, unit: &str, runs: &[f64]) -> BenchRow {
+    BenchRow {
+        name: name.to_owned(),
+        unit: unit.to_owned(),
+        n: runs.len(),
+        median: median(runs),
+        min: runs.iter().copied().fold(f64::INFINITY, f64::min),
+        max: runs.iter().copied().fold(0.0, f64::max),
+        floor_ratio: None,
+        peer_ratios: BTreeMap::new(),
+    }
+}
+
+fn peers<'a>(
+    ours: &BenchRow,
+    theirs: impl IntoIterator<Item = (&'a str, &'a (impl AsRef<[f64]> + ?Sized + 'a))>,
+) -> BTreeMap<String, f64> {
+    let ratio = |(name, runs): (&str, &_)| {
+        (name.to_owned(), ours.median / median(AsRef::<[f64]>::as_ref(runs)))
+    };
+    theirs.into_iter().map(ratio).collect()
+}
+
+fn median(runs: &[f64]) -> f64 {
+    let mut sorted = runs.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 {
+        sorted[middle]
+    } else {
+        sorted[middle - 1..=middle].iter().sum::<f64>() / 2.0
+    }
+}

@@ -1,0 +1,110 @@
+//! What is refused, and with which words.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::product::{refused, vfioctl, vfioctl_json, vfioctl_unprivileged};
+use crate::lab::{Lab, command, sysfs, wait_until};
+use crate::machine::{DISK_LABEL, GPU, NIC, SHARED_DISK, SHARED_NIC};
+use std::time::Duration;
+
+/// A group with a disk that the host uses.
+pub(super) fn shared_group(lab: &mut Lab) -> Result<()> {
+    let ran = vfioctl(["attach", SHARED_NIC.address, "--tenant", "a"])?;
+    refused(&ran, 6, &[SHARED_DISK.address, "nvme", "ACS", "--whole-group"])?;
+    lab.step("a sibling on a host driver is named, with the port that lacks ACS")?;
+
+    fs::create_dir_all("/mnt/hostdisk")?;
+    let label = format!("LABEL={DISK_LABEL}");
+    command::run(["mount", &label, "/mnt/hostdisk"])?.success()?;
+    let ran = vfioctl(["attach", SHARED_NIC.address, "--tenant", "a", "--whole-group"])?;
+    refused(&ran, 5, &[SHARED_DISK.address, "/mnt/hostdisk", "unmount"])?;
+    ensure!(sysfs::driver(SHARED_NIC.address).as_deref() == Some("e1000e"), "half a group went");
+    let plan = vfioctl_json(["explain", SHARED_NIC.address])?;
+    ensure!(plan["possible"] == false, "{plan}");
+    lab.step("with the whole group asked for, the mounted disk is the reason; nothing changed")?;
+
+    command::run(["umount", "/mnt/hostdisk"])?.success()?;
+    vfioctl(["attach", SHARED_NIC.address, "--tenant", "a", "--whole-group"])?.success()?;
+    for function in [SHARED_NIC, SHARED_DISK] {
+        ensure!(sysfs::driver(function.address).as_deref() == Some("vfio-pci"));
+    }
+    vfioctl(["release", SHARED_NIC.address])?.success()?;
+    lab.step("unmounted, the whole group goes and comes back")
+}
+
+/// Anyone may look; changing takes an administrator.
+pub(super) fn unprivileged(lab: &mut Lab) -> Result<()> {
+    let listed = vfioctl_unprivileged(["list"])?.success()?;
+    ensure!(listed.contains("03:00.0"), "{listed}");
+    vfioctl_unprivileged(["explain", GPU.address])?.success()?;
+    for arguments in [&["attach", GPU.address, "--tenant", "a"][..], &["release", GPU.address][..]]
+    {
+        let ran = vfioctl_unprivileged(arguments.iter().copied())?;
+        refused(&ran, 4, &["org.vfiod1."])?;
+    }
+    ensure!(sysfs::driver(GPU.address).as_deref() != Some("vfio-pci"));
+    lab.step("an ordinary user lists and explains, and is refused attach and release")?;
+
+    let rule = "/etc/polkit-1/rules.d/10-lab.rules";
+    fs::write(
+        rule,
+        "polkit.addRule(function(action, subject) {\n\
+           if (action.id.indexOf('org.vfiod1.') == 0 && subject.user == 'tester' &&\n\
+               (action.id == 'org.vfiod1.release' || action.lookup('tenant') == 'ours')) {\n\
+             return polkit.Result.YES;\n\
+           }\n\
+         });\n",
+    )?;
+    let attempt = || vfioctl_unprivileged(["attach", GPU.address, "--tenant", "ours"]);
+    // polkit reads its rules again some time after they change.
+    let outcome = wait_until("the polkit rule takes effect", Duration::from_secs(20), || {
+        Ok(attempt()?.status == Some(0))
+    });
+    let other = vfioctl_unprivileged(["attach", NIC.address, "--tenant", "theirs"]);
+    let released = vfioctl_unprivileged(["release", GPU.address]);
+    fs::remove_file(rule)?;
+    outcome?;
+    refused(&other?, 4, &["org.vfiod1.attach"])?;
+    released?.success()?;
+    lab.step("a polkit rule lets that user lease for one tenant and for no other")
+}
+
+/// Every wrong input has its answer.
+pub(super) fn bad_input(lab: &mut Lab) -> Result<()> {
+    let long = "x".repeat(65);
+    let bridge = parent(GPU.address)?;
+    let cases: [(&[&str], i32, &[&str]); 9] = [
+        (&["attach", "03:00.9", "--tenant", "a"], 2, &["03:00.9"]),
+        (&["attach", "03:00.7", "--tenant", "a"], 3, &["0000:03:00.7", "did you mean"]),
+        (&["attach", "gpux", "--tenant", "a"], 2, &["gpux", "did you mean gpu"]),
+        (&["attach", "nic", "--tenant", "a"], 2, &["ambiguous", NIC.address]),
+        (&["attach", &bridge, "--tenant", "a"], 14, &["bridge"]),
+        (&["attach", "00:00.0", "--tenant", "a"], 14, &["bridge"]),
+        (&["attach", GPU.address, "--tenant", "a b"], 2, &["letters, digits"]),
+        (&["attach", GPU.address, "--tenant", &long], 2, &["65 bytes"]),
+        (&["attach", GPU.address, "--tenant", "a", "--vm", "../x"], 2, &["virtual machine"]),
+    ];
+    for (arguments, status, words) in cases {
+        let ran = vfioctl(arguments.iter().copied())?;
+        refused(&ran, status, words).with_context(|| format!("vfioctl {}", arguments.join(" ")))?;
+    }
+    lab.step("malformed, unknown, ambiguous and unfit names are told apart, with the nearest")?;
+
+    command::run(["systemctl", "mask", "--runtime", "--now", "vfiod"])?.success()?;
+    let ran = vfioctl(["list"]);
+    command::run(["systemctl", "unmask", "--runtime", "vfiod"])?.success()?;
+    let ran = ran?;
+    refused(&ran, 69, &["vfiod"])?;
+    ensure!(ran.stderr.trim().lines().count() == 1, "more than one line:\n{}", ran.stderr);
+    vfioctl(["list"])?.success()?;
+    lab.step("without the daemon there is one line and status 69; the next call starts it")
+}
+
+/// The port above a function.
+fn parent(address: &str) -> Result<String> {
+    let target = fs::canonicalize(sysfs::path(address, ""))?;
+    let parent = target.parent().and_then(|p| p.file_name()).context("no parent")?;
+    Ok(parent.to_string_lossy().into_owned())
+}
