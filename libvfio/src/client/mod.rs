@@ -59,6 +59,9 @@ pub trait Manager {
     /// Every lease.
     fn list_leases(&self) -> Result<Vec<LeaseRecord>, Failure>;
 
+    /// All that is known of the device a name means.
+    fn describe_device(&self, name: &str) -> Result<DeviceRecord, Failure>;
+
     /// The object of the device a name means.
     fn get_device(&self, name: &str) -> Result<OwnedObjectPath, Failure>;
 

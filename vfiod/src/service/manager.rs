@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use libvfio::client::{
     DeviceRecord, Failure, GroupRecord, LeaseRecord, PlanRecord, device_path, lease_path,
 };
-use libvfio::error::ErrorKind;
+use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::wire::OwnedObjectPath;
@@ -87,6 +87,13 @@ impl ManagerObject {
     #[zbus(out_args("leases"))]
     fn list_leases(&self) -> Vec<LeaseRecord> {
         self.caller.broker.leases().iter().map(crate::lease::Lease::record).collect()
+    }
+
+    #[zbus(out_args("device"))]
+    fn describe_device(&self, name: &str) -> Result<DeviceRecord, Failure> {
+        let address = self.caller.broker.resolve(name).map_err(Failure::from)?;
+        let gone = || Error::NotFound { name: name.to_owned(), nearest: None };
+        self.caller.broker.device(address).ok_or_else(gone).map_err(Failure::from)
     }
 
     #[zbus(out_args("path"))]
