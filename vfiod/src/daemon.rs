@@ -123,7 +123,9 @@ fn start_logging() {
         EnvFilter::try_from_env("VFIOD_LOG").unwrap_or_else(|_| EnvFilter::new("info,zbus=warn"));
     let registry = tracing_subscriber::registry().with(level);
     match tracing_journald::layer() {
-        Ok(journal) if stderr_is_journal() => registry.with(journal).init(),
+        Ok(journal) if stderr_is_journal() => {
+            registry.with(journal.with_field_prefix(Some("VFIOD".to_owned()))).init();
+        }
         _ => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
     }
 }
