@@ -19,43 +19,70 @@ const PACKAGES: &str = "systemd systemd-sysv dbus udev kmod polkitd linux-image-
     libvirt-daemon-system libvirt-clients qemu-system-x86 pciutils driverctl mdevctl iproute2 \
     busybox-static cpio strace sudo";
 
-/// Documentation and translations are most of what would be left unused.
-const LEFT_OUT: [&str; 4] =
-    ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"];
+/// Documentation, translations and drivers that no part of the machine has a use for.
+const LEFT_OUT: [&str; 13] = [
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/locale/*",
+    "/usr/share/info/*",
+    "*/kernel/drivers/gpu/drm/amd/*",
+    "*/kernel/drivers/gpu/drm/i915/*",
+    "*/kernel/drivers/gpu/drm/nouveau/*",
+    "*/kernel/drivers/gpu/drm/radeon/*",
+    "*/kernel/drivers/gpu/drm/xe/*",
+    "*/kernel/drivers/infiniband/*",
+    "*/kernel/drivers/media/*",
+    "*/kernel/drivers/net/wireless/*",
+    "*/kernel/drivers/scsi/*",
+];
 
 /// Files put into the root file system as they are.
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 5] = [
     ("etc/systemd/system/lab-agent.service", include_str!("image/lab-agent.service")),
     ("etc/systemd/system/lab-shell.service", include_str!("image/lab-shell.service")),
-    ("usr/local/lib/make-initrd", include_str!("image/make-initrd")),
+    ("etc/systemd/journald.conf.d/lab.conf", include_str!("image/journald.conf")),
+    ("etc/modprobe.d/lab.conf", include_str!("image/modprobe.conf")),
+    ("usr/local/lib/prepare-lab", include_str!("image/prepare")),
 ];
 
 /// Units that start with the lab.
 const ENABLED: [&str; 2] = ["lab-agent.service", "lab-shell.service"];
 
 /// What would only make the boot slower, or write to the console, or start later of itself.
-const MASKED: [&str; 14] = [
+const MASKED: [&str; 29] = [
     "serial-getty@ttyS0.service",
     "getty@tty1.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
     "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
     "fstrim.timer",
     "logrotate.timer",
-    "man-db.timer",
     "systemd-tmpfiles-clean.timer",
-    "libvirt-guests.service",
-    "systemd-hwdb-update.service",
-    "systemd-pstore.service",
+    "dev-hugepages.mount",
+    "dev-mqueue.mount",
     "ldconfig.service",
+    "libvirt-guests.service",
+    "modprobe@drm.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "run-lock.mount",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-config.mount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-binfmt.service",
+    "systemd-hwdb-update.service",
+    "systemd-journal-catalog-update.service",
+    "systemd-journal-flush.service",
+    "systemd-modules-load.service",
+    "systemd-pstore.service",
+    "systemd-random-seed.service",
+    "systemd-sysctl.service",
+    "systemd-udev-load-credentials.service",
+    "systemd-update-done.service",
 ];
 
 /// Left to their sockets.
 const NOT_STARTED: [&str; 2] = ["libvirtd.service", "virtlogd.service"];
-
-const USERS: &str = "useradd --create-home tester && echo lab > /etc/hostname && \
-    systemd-machine-id-setup && touch /etc/.updated /var/.updated";
 
 const ROOT_SIZE: &str = "1200M";
 const DISK_SIZE: &str = "32M";
@@ -92,7 +119,7 @@ pub(super) fn ready() -> Result<Image> {
     ])?;
     let recipe = (
         (SUITE, PACKAGES, LEFT_OUT, FILES),
-        (ENABLED, MASKED, NOT_STARTED, USERS, ROOT_SIZE, DISK_SIZE, DISK_LABEL),
+        (ENABLED, MASKED, NOT_STARTED, ROOT_SIZE, DISK_SIZE, DISK_LABEL),
     );
     let directory = cache::get(&recipe, build)?;
     Ok(Image { directory })
@@ -127,6 +154,7 @@ fn install(tree: &Path) -> Result<()> {
 
 fn configure(tree: &Path) -> Result<()> {
     for (path, text) in FILES {
+        fs::create_dir_all(tree.join(path).parent().unwrap_or(tree))?;
         fs::write(tree.join(path), text).with_context(|| format!("writing {path}"))?;
     }
     let units = tree.join("etc/systemd/system");
@@ -140,10 +168,7 @@ fn configure(tree: &Path) -> Result<()> {
     for unit in ENABLED {
         symlink(units_path(unit), wants.join(unit)).with_context(|| format!("enabling {unit}"))?;
     }
-    for script in [USERS, "sh /usr/local/lib/make-initrd /boot/lab-initrd"] {
-        exec::quiet(Command::new("chroot").arg(tree).args(["sh", "-e", "-c", script]))?;
-    }
-    Ok(())
+    exec::quiet(Command::new("chroot").arg(tree).args(["sh", "/usr/local/lib/prepare-lab"]))
 }
 
 fn units_path(unit: &str) -> String {
