@@ -179,9 +179,10 @@ impl Broker {
         };
         match transition::forward(&self.host, &self.ledger, &mut lease) {
             Ok(()) => {
+                // First, since an active lease whose devices look unbound is a broken one.
+                self.refresh(lease.devices.keys().copied());
                 lease.state = State::Active;
                 self.store(&lease)?;
-                self.refresh(lease.devices.keys().copied());
                 self.tell(Change::LeaseAdded(lease.id.clone()));
                 info!(
                     lease = lease.id,
@@ -368,6 +369,10 @@ impl Broker {
         let inventory = self.inventory();
         lease.devices.iter().find_map(|(address, found)| match inventory.get(*address) {
             None => Some(format!("{address} was unplugged")),
+            // On its way out, the kernel still has the function but nothing to say of it.
+            Some(f) if f.ids.vendor.is_none() || f.is_silent() => {
+                Some(format!("{address} was unplugged or stopped answering"))
+            }
             Some(f) if Identity::of(f) != found.identity => {
                 Some(format!("another device is at {address} now"))
             }
@@ -391,6 +396,7 @@ impl Broker {
             lease.clone()
         };
         warn!(lease = id, tenant = lease.tenant, reason, "a lease failed");
+        self.refresh(lease.devices.keys().copied().collect::<Vec<_>>());
         let inventory = self.inventory();
         let ours = |device: PciAddress| {
             let now = inventory.get(device);

@@ -77,7 +77,7 @@ pub(super) fn bad_input(lab: &mut Lab) -> Result<()> {
     let bridge = parent(GPU.address)?;
     let cases: [(&[&str], i32, &[&str]); 9] = [
         (&["attach", "03:00.9", "--tenant", "a"], 2, &["03:00.9"]),
-        (&["attach", "03:00.7", "--tenant", "a"], 3, &["0000:03:00.7", "did you mean"]),
+        (&["attach", "03:00.7", "--tenant", "a"], 3, &["03:00.7", "did you mean 0000:03:00"]),
         (&["attach", "gpux", "--tenant", "a"], 2, &["gpux", "did you mean gpu"]),
         (&["attach", "nic", "--tenant", "a"], 2, &["ambiguous", NIC.address]),
         (&["attach", &bridge, "--tenant", "a"], 14, &["bridge"]),
