@@ -1,2 +1,24 @@
-//! The command line.
-fn main() {}
+//! `vfioctl`, the command line of `org.vfiod1`: a shim around [`run`].
+
+mod args;
+mod attach;
+mod bus;
+mod check;
+mod explain;
+mod generate;
+mod groups;
+mod json;
+mod leases;
+mod list;
+mod monitor;
+mod output;
+mod release;
+mod run;
+mod show;
+mod table;
+mod tree;
+mod trouble;
+
+fn main() -> std::process::ExitCode {
+    run::main()
+}

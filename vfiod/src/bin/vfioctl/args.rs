@@ -1,0 +1,257 @@
+//! What can be typed. Only words and their explanations; does nothing.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use libvfio::error::ErrorKind;
+use libvfio::pci::class::ClassAlias;
+
+use crate::trouble::UNAVAILABLE;
+
+/// Give PCI devices to virtual machines and take them back
+///
+/// Asks vfiod, the owner of device assignment on this host, over D-Bus. Looking is for everyone;
+/// attach and release need an administrator or a polkit rule.
+///
+/// A device DEV is named by its address (03:00.0 or 0000:03:00.0), or by vendor:device
+/// (10de:2330) or a class (gpu, nic, nvme) where just one device answers to that.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vfioctl",
+    version,
+    after_help = footer(),
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+pub(crate) struct Cli {
+    /// Print JSON: what vfiod answered, with its own field names
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Talk to the bus at this D-Bus address instead of the system bus
+    #[arg(long, global = true, value_name = "ADDRESS", env = "VFIOCTL_BUS", hide = true)]
+    pub(crate) bus: Option<String>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List devices: driver, IOMMU group, NUMA node and lease of each
+    #[command(after_help = "Examples:
+  vfioctl list --class gpu
+  vfioctl list --driver none
+  vfioctl list --lease")]
+    List(ListArgs),
+    /// Show all that is known of one device
+    Show {
+        /// The device: 03:00.0, 10de:2330 or gpu
+        #[arg(value_name = "DEV")]
+        device: String,
+    },
+    /// Show how devices are connected, with ports, NUMA nodes, groups, drivers and leases
+    Tree,
+    /// List IOMMU groups: their functions, and why they share a group
+    Groups,
+    /// Tell whether a device can be attached; if not, each reason and its remedy
+    Explain {
+        /// The device: 03:00.0, 10de:2330 or gpu
+        #[arg(value_name = "DEV")]
+        device: String,
+    },
+    /// Check that this host is ready: IOMMU, kernel, modules, KVM, limits, daemon
+    ///
+    /// Exits with 1 if anything fails. The only command that looks at the host by itself.
+    Check {
+        /// Look at the host described in this directory instead of the running one
+        #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
+        root: PathBuf,
+    },
+    /// Lease devices to a tenant: their groups go to VFIO, all of them or none
+    #[command(after_help = "Examples:
+  vfioctl attach gpu --tenant alice
+  vfioctl attach 03:00.0 01:10.0 --tenant alice --vm 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60
+  vfioctl attach gpu --dry-run")]
+    Attach(AttachArgs),
+    /// End leases: every function goes back to the driver and override it had
+    ///
+    /// Nothing to end is no error, so a release may be repeated.
+    #[command(after_help = "Examples:
+  vfioctl release 3f9a2c81
+  vfioctl release 03:00.0 --reset
+  vfioctl release 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60")]
+    Release(ReleaseArgs),
+    /// List leases: who has which devices, failed ones included
+    Leases,
+    /// Follow changes of leases and devices, a line each, until interrupted
+    Monitor,
+    /// Print the completion script of a shell
+    #[command(after_help = "Example:
+  vfioctl completions bash > ~/.local/share/bash-completion/completions/vfioctl")]
+    Completions {
+        /// The shell to complete in
+        shell: Shell,
+    },
+    /// Write what packages ship
+    #[command(hide = true)]
+    Generate {
+        #[command(subcommand)]
+        what: Generated,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// List bridges too
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// List only devices of this kind
+    #[arg(long, value_name = "CLASS", ignore_case = true, value_parser = classes())]
+    pub(crate) class: Option<ClassAlias>,
+    /// List only devices on this driver; 'none' for those on none
+    #[arg(long, value_name = "DRIVER")]
+    pub(crate) driver: Option<String>,
+    /// List only leased devices, or only those of one lease
+    #[arg(long, value_name = "LEASE")]
+    #[allow(clippy::option_option)] // Absent, given alone, given with a lease.
+    pub(crate) lease: Option<Option<String>>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along
+    #[arg(value_name = "DEV", required = true)]
+    pub(crate) devices: Vec<String>,
+    /// Who gets them: 1 to 64 letters, digits and . _ : @ + -
+    #[arg(long, value_name = "TENANT", required_unless_present = "dry_run")]
+    pub(crate) tenant: Option<String>,
+    /// The virtual machine they are for, by which they can be released
+    #[arg(long, value_name = "UUID")]
+    pub(crate) vm: Option<String>,
+    /// Take every other device of their IOMMU groups too
+    #[arg(long)]
+    pub(crate) whole_group: bool,
+    /// Accept devices that somebody else has put on a VFIO driver, and leave them there after
+    #[arg(long)]
+    pub(crate) adopt: bool,
+    /// Show the steps and change nothing; exits as attaching would
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReleaseArgs {
+    /// What to release: a lease's id, a device of it, or the virtual machine it is for
+    #[arg(value_name = "LEASE|DEV|UUID", required = true)]
+    pub(crate) targets: Vec<String>,
+    /// Reset the functions first, where they can be reset by themselves
+    #[arg(long)]
+    pub(crate) reset: bool,
+    /// Show which leases would end and what would be taken back, and change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Generated {
+    /// Manual pages of all commands
+    Man {
+        /// Where to write them
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+    /// Completion scripts of all shells
+    Completions {
+        /// Where to write them
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+}
+
+fn classes() -> impl TypedValueParser<Value = ClassAlias> {
+    PossibleValuesParser::new(ClassAlias::ALL.map(ClassAlias::name))
+        .try_map(|name| name.parse::<ClassAlias>())
+}
+
+fn footer() -> String {
+    let lines = ErrorKind::ALL.map(|kind| status(kind.exit_status(), meaning(kind)));
+    let unavailable = status(UNAVAILABLE, "vfiod is not running, or the bus cannot be reached");
+    format!(
+        "Examples:
+  vfioctl check
+  vfioctl list --class gpu
+  vfioctl explain gpu
+  vfioctl attach gpu --tenant alice
+  vfioctl release gpu
+
+Exit status:
+{}
+{}
+{unavailable}",
+        status(0, "done"),
+        lines.join("\n")
+    )
+}
+
+fn status(number: u8, meaning: &str) -> String {
+    format!("  {number:<3} {meaning}")
+}
+
+/// What an exit status says, for people.
+fn meaning(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::Internal => "a step failed, or vfiod did; for check: something fails",
+        ErrorKind::InvalidArgument => "the request is malformed or ambiguous",
+        ErrorKind::NotFound => "nothing has that name",
+        ErrorKind::NotAuthorized => "polkit or the bus does not allow it",
+        ErrorKind::Busy => "something uses the device",
+        ErrorKind::NotViable => "the device cannot be isolated as things are",
+        ErrorKind::Protected => "the host cannot live without the device",
+        ErrorKind::AlreadyLeased => "another lease holds the device",
+        ErrorKind::IdentityMismatch => "another device is at that address now",
+        ErrorKind::ResetFailed => "a reset failed",
+        ErrorKind::Quarantined => "the device is not trusted until an administrator clears it",
+        ErrorKind::Wedged => "a kernel operation on the device never returned",
+        ErrorKind::Timeout => "it took longer than it may",
+        ErrorKind::Unsupported => "this device or host cannot do that",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_argument_is_explained() {
+        fn walk(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {argument}", command.get_name());
+            }
+            command.get_subcommands().for_each(walk);
+        }
+        walk(&Cli::command());
+    }
+
+    #[test]
+    fn a_tenant_is_needed_but_for_a_dry_run() {
+        assert!(Cli::try_parse_from(["vfioctl", "attach", "gpu"]).is_err());
+        assert!(Cli::try_parse_from(["vfioctl", "attach", "gpu", "--dry-run"]).is_ok());
+        assert!(Cli::try_parse_from(["vfioctl", "attach", "--tenant", "a"]).is_err());
+    }
+
+    #[test]
+    fn a_mistyped_command_or_class_gets_a_suggestion() {
+        let error = |line: &[&str]| Cli::try_parse_from(line).unwrap_err().to_string();
+        assert!(error(&["vfioctl", "atach"]).contains("'attach'"));
+        assert!(error(&["vfioctl", "list", "--class", "gpus"]).contains("'gpu'"));
+    }
+}

@@ -1,0 +1,146 @@
+//! `attach`: devices to a tenant, or what that would do; and patience while vfiod is at it.
+
+use std::io::IsTerminal;
+use std::pin::pin;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use libvfio::client::{LeaseRecord, Options, PlanRecord};
+use libvfio::error::ErrorKind;
+
+use crate::args::AttachArgs;
+use crate::bus::Bus;
+use crate::explain::Story;
+use crate::output::{Output, print, print_json};
+use crate::trouble::Trouble;
+
+pub(crate) async fn run(bus: &Bus, args: &AttachArgs, out: &Output) -> Result<ExitCode, Trouble> {
+    let devices: Vec<&str> = args.devices.iter().map(String::as_str).collect();
+    // The command line asks for a tenant unless it is a dry run.
+    match args.tenant.as_deref().filter(|_| !args.dry_run) {
+        Some(tenant) => attach(bus, &devices, tenant, args, out).await,
+        None => plan(bus, &devices, args, out).await,
+    }
+}
+
+async fn attach(
+    bus: &Bus,
+    devices: &[&str],
+    tenant: &str,
+    args: &AttachArgs,
+    out: &Output,
+) -> Result<ExitCode, Trouble> {
+    let (id, _) = patiently(bus, bus.manager.attach(devices, tenant, options(args))).await??;
+    // The caller named some functions and got others of the same devices with them.
+    let reply = bus.ask("ListLeases", &()).await?;
+    let lease = reply.read::<Vec<LeaseRecord>>()?.into_iter().find(|lease| lease.id == id);
+    let Some(lease) = lease else {
+        let ended = format!("lease {id} was made, and ended by somebody else at once");
+        return Err(Trouble::new(ErrorKind::NotFound, ended));
+    };
+    if out.json {
+        let value = reply.json_of(|lease: &LeaseRecord| lease.id == id)?;
+        print_json(&value.into_iter().next().unwrap_or_default())?;
+    } else {
+        print(&format!("attached {} to {tenant}: lease {id}\n", lease.devices.join(", ")))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Exits as attaching would.
+async fn plan(
+    bus: &Bus,
+    devices: &[&str],
+    args: &AttachArgs,
+    out: &Output,
+) -> Result<ExitCode, Trouble> {
+    let reply = bus.ask("Plan", &(devices, options(args))).await?;
+    let plan: PlanRecord = reply.read()?;
+    if out.json {
+        print_json(&reply.json()?)?;
+    } else {
+        print(&Story { asked: &devices.join(", "), plan: &plan }.to_string())?;
+    }
+    let kind = plan.reasons.first().and_then(|reason| ErrorKind::from_name(&reason.kind));
+    Ok(kind.map_or(ExitCode::SUCCESS, |kind| kind.exit_status().into()))
+}
+
+fn options(args: &AttachArgs) -> Options<'_> {
+    let mut options = Options::new();
+    if let Some(vm) = &args.vm {
+        options.insert("vm", vm.as_str().into());
+    }
+    for (name, given) in [("whole_group", args.whole_group), ("adopt", args.adopt)] {
+        if given {
+            options.insert(name, true.into());
+        }
+    }
+    options
+}
+
+/// How long one waits without being told for what.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Awaits `work`; when that takes its time and a person watches, says what it waits for.
+pub(crate) async fn patiently<T>(bus: &Bus, work: impl Future<Output = T>) -> Result<T, Trouble> {
+    let mut work = pin!(work);
+    tokio::select! {
+        done = &mut work => return Ok(done),
+        () = tokio::time::sleep(PATIENCE) => {}
+    }
+    if std::io::stderr().is_terminal() {
+        let leases: Vec<LeaseRecord> = bus.ask("ListLeases", &()).await?.read()?;
+        anstream::eprintln!("{}", waiting_for(&leases));
+    }
+    Ok(work.await)
+}
+
+fn waiting_for(leases: &[LeaseRecord]) -> String {
+    let under_way: Vec<String> = leases
+        .iter()
+        .filter(|lease| matches!(lease.state.as_str(), "preparing" | "releasing"))
+        .map(|lease| {
+            format!("lease {} ({}) is {}", lease.id, lease.devices.join(", "), lease.state)
+        })
+        .collect();
+    match under_way.as_slice() {
+        [] => "waiting for vfiod, or for the authorization it asked for...".into(),
+        leases => format!("waiting for the kernel: {}...", leases.join("; ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_asked_for_is_sent() {
+        let args = AttachArgs {
+            devices: vec!["gpu".into()],
+            tenant: Some("alice".into()),
+            vm: Some("web".into()),
+            whole_group: true,
+            adopt: false,
+            dry_run: false,
+        };
+        let options = options(&args);
+        assert_eq!(options.len(), 2);
+        assert_eq!(options["vm"], "web".into());
+        assert_eq!(options["whole_group"], true.into());
+    }
+
+    #[test]
+    fn waiting_has_a_reason() {
+        let lease = |state: &str| LeaseRecord {
+            id: "3f9a2c81".into(),
+            state: state.into(),
+            devices: vec!["0000:03:00.0".into()],
+            ..LeaseRecord::default()
+        };
+        assert!(waiting_for(&[lease("active")]).contains("authorization"));
+        assert_eq!(
+            waiting_for(&[lease("active"), lease("preparing")]),
+            "waiting for the kernel: lease 3f9a2c81 (0000:03:00.0) is preparing..."
+        );
+    }
+}

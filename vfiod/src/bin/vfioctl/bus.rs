@@ -1,0 +1,79 @@
+//! One connection to the bus, on which vfiod is asked. Asks only what a command needs: no
+//! introspection, no property cache.
+
+use libvfio::client::{BUS_NAME, ManagerProxy};
+use libvfio::error::ErrorKind;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use zbus::Message;
+use zbus::connection::Builder;
+use zbus::proxy::CacheProperties;
+use zbus::wire::{DynamicType, Structure, Type};
+
+use crate::json;
+use crate::trouble::Trouble;
+
+/// The bus, and vfiod on it.
+#[derive(Debug)]
+pub(crate) struct Bus {
+    pub(crate) manager: ManagerProxy<'static>,
+}
+
+impl Bus {
+    /// Connects to the bus at `address`, or to the system's. Does not ask vfiod anything yet.
+    pub(crate) async fn connect(address: Option<&str>) -> Result<Self, Trouble> {
+        let connection = match address {
+            Some(address) => Builder::address(address),
+            None => Builder::system(),
+        };
+        let connection = connection.build().await.map_err(|error| Trouble::no_bus(&error))?;
+        let manager = ManagerProxy::builder(&connection)
+            .destination(BUS_NAME)
+            .cache_properties(CacheProperties::No)
+            .build()
+            .await?;
+        Ok(Self { manager })
+    }
+
+    pub(crate) fn connection(&self) -> &zbus::Connection {
+        self.manager.inner().connection()
+    }
+
+    /// Calls a method of the Manager that changes nothing.
+    pub(crate) async fn ask<B: Serialize + DynamicType>(
+        &self,
+        method: &'static str,
+        arguments: &B,
+    ) -> Result<Reply, Trouble> {
+        Ok(Reply(self.manager.inner().call_method(method, arguments).await?))
+    }
+}
+
+/// What vfiod answered: records for people's tables, or whatever it is as JSON.
+#[derive(Debug)]
+pub(crate) struct Reply(Message);
+
+impl Reply {
+    pub(crate) fn read<T: for<'de> Deserialize<'de> + Type>(&self) -> Result<T, Trouble> {
+        Ok(self.0.body().deserialize()?)
+    }
+
+    pub(crate) fn json(&self) -> Result<Value, Trouble> {
+        let body = self.0.body();
+        let arguments: Structure<'_> = body.deserialize()?;
+        Ok(json::from_body(&arguments))
+    }
+
+    /// Records that `keep` accepts, each as JSON.
+    pub(crate) fn json_of<T: for<'de> Deserialize<'de> + Type>(
+        &self,
+        keep: impl Fn(&T) -> bool,
+    ) -> Result<Vec<Value>, Trouble> {
+        let Value::Array(values) = self.json()? else {
+            return Err(Trouble::new(ErrorKind::Internal, "vfiod answered with no list"));
+        };
+        let records: Vec<T> = self.read()?;
+        let pairs = values.into_iter().zip(&records);
+        Ok(pairs.filter(|(_, record)| keep(record)).map(|(value, _)| value).collect())
+    }
+}

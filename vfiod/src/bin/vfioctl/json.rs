@@ -1,0 +1,107 @@
+//! What came over the bus as JSON, whatever it is: no command restates the interface's fields.
+//! Pure.
+
+use serde_json::{Map, Value};
+use zbus::wire::{Structure, Variant};
+
+/// The arguments of a message: the one there is, or all in an array.
+pub(crate) fn from_body(arguments: &Structure<'_>) -> Value {
+    match arguments.fields() {
+        [one] => from_variant(one),
+        all => all.iter().map(from_variant).collect(),
+    }
+}
+
+/// Any value. Dictionaries become objects with their keys in order; what JSON cannot say (a
+/// descriptor, a number that is none) becomes null.
+pub(crate) fn from_variant(value: &Variant<'_>) -> Value {
+    match value {
+        Variant::Bool(value) => (*value).into(),
+        Variant::U8(value) => (*value).into(),
+        Variant::I16(value) => (*value).into(),
+        Variant::U16(value) => (*value).into(),
+        Variant::I32(value) => (*value).into(),
+        Variant::U32(value) => (*value).into(),
+        Variant::I64(value) => (*value).into(),
+        Variant::U64(value) => (*value).into(),
+        Variant::F64(value) => (*value).into(),
+        Variant::Str(value) => value.as_str().into(),
+        Variant::Signature(value) => value.to_string().into(),
+        Variant::ObjectPath(value) => value.as_str().into(),
+        Variant::Variant(value) => from_variant(value),
+        Variant::Array(values) => values.iter().map(from_variant).collect(),
+        Variant::Structure(values) => values.fields().iter().map(from_variant).collect(),
+        Variant::Dict(entries) => {
+            let entry = |(key, value)| (key_text(key), from_variant(value));
+            entries.iter().map(entry).collect::<Map<_, _>>().into()
+        }
+        Variant::Fd(_) => Value::Null,
+    }
+}
+
+fn key_text(key: &Variant<'_>) -> String {
+    match from_variant(key) {
+        Value::String(text) => text,
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use libvfio::client::{DeviceRecord, LeaseRecord, StepRecord};
+    use serde::Serialize;
+    use serde_json::json;
+    use zbus::Message;
+    use zbus::wire::DynamicType;
+
+    use super::*;
+
+    /// As it is after a way over the bus.
+    fn sent<T: Serialize + DynamicType>(value: &T) -> Value {
+        let message = Message::signal("/", "a.b", "C").build(value).unwrap();
+        from_body(&message.body().deserialize().unwrap())
+    }
+
+    #[test]
+    fn a_record_keeps_its_fields_and_leaves_out_what_is_unknown() {
+        let record = DeviceRecord {
+            address: "0000:03:00.0".into(),
+            vendor: Some(0x10de),
+            link_speed: Some(2.5),
+            boot_vga: Some(false),
+            upstream: Some(vec!["0000:00:01.0".into()]),
+            ..DeviceRecord::default()
+        };
+        assert_eq!(
+            sent(&(vec![record],)),
+            json!([{
+                "address": "0000:03:00.0",
+                "boot_vga": false,
+                "class_name": "",
+                "isolation": "",
+                "link_speed": 2.5,
+                "name": "",
+                "upstream": ["0000:00:01.0"],
+                "vendor": 0x10de
+            }])
+        );
+    }
+
+    #[test]
+    fn records_within_records_are_objects() {
+        let step = StepRecord { step: "bind".into(), ..StepRecord::default() };
+        let lease = LeaseRecord { created: u64::MAX, steps: vec![step], ..LeaseRecord::default() };
+        let value = sent(&(lease,));
+        assert_eq!(value["created"], json!(u64::MAX));
+        assert_eq!(value["steps"], json!([{"step": "bind", "text": ""}]));
+    }
+
+    #[test]
+    fn other_shapes_have_a_form_too() {
+        assert_eq!(sent(&("a", vec![1u8, 2])), json!(["a", [1, 2]]));
+        assert_eq!(sent(&(HashMap::from([(7u32, (true, -1i64))]),)), json!({"7": [true, -1]}));
+        assert_eq!(sent(&(f64::NAN,)), Value::Null);
+    }
+}

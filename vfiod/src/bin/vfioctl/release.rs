@@ -1,0 +1,179 @@
+//! `release`: the end of leases, or what that would take back.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use libvfio::address::PciAddress;
+use libvfio::client::{LeaseRecord, Options, StepRecord, device_path};
+use serde_json::Value;
+
+use crate::args::ReleaseArgs;
+use crate::attach::patiently;
+use crate::bus::Bus;
+use crate::output::{Output, print, print_json};
+use crate::table::BOLD;
+use crate::trouble::Trouble;
+
+pub(crate) async fn run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<ExitCode, Trouble> {
+    if args.dry_run {
+        return dry_run(bus, args, out).await;
+    }
+    let mut ended: Vec<String> = Vec::new();
+    let mut failed = None;
+    for target in &args.targets {
+        match release(bus, target, args).await {
+            Ok(ids) if ids.is_empty() && !out.json => nothing(target),
+            Ok(ids) => ended.extend(ids),
+            // The others are no worse off for it.
+            Err(trouble) => {
+                trouble.report(out.json);
+                failed.get_or_insert(trouble);
+            }
+        }
+    }
+    if out.json {
+        print_json(&ended.into())?;
+    } else {
+        for id in ended {
+            print(&format!(
+                "released lease {id}
+"
+            ))?;
+        }
+    }
+    Ok(failed.map_or(ExitCode::SUCCESS, |trouble| trouble.exit_code()))
+}
+
+async fn release(bus: &Bus, target: &str, args: &ReleaseArgs) -> Result<Vec<String>, Trouble> {
+    let mut options = Options::new();
+    if args.reset {
+        options.insert("reset", true.into());
+    }
+    Ok(patiently(bus, bus.manager.release(target, options)).await??)
+}
+
+fn nothing(target: &str) {
+    anstream::eprintln!("nothing to release: no lease is, has or is for {target}");
+}
+
+async fn dry_run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<ExitCode, Trouble> {
+    let reply = bus.ask("ListLeases", &()).await?;
+    let leases: Vec<LeaseRecord> = reply.read()?;
+    let mut ends: Vec<&LeaseRecord> = Vec::new();
+    for target in &args.targets {
+        let device = device(bus, target).await;
+        let meant = leases.iter().filter(|lease| means(target, device.as_deref(), lease));
+        let meant: Vec<&LeaseRecord> = meant.collect();
+        if meant.is_empty() && !out.json {
+            nothing(target);
+        }
+        ends.extend(meant.into_iter().filter(|lease| !ends.contains(lease)).collect::<Vec<_>>());
+    }
+    if out.json {
+        print_json(&Value::Array(reply.json_of(|lease| ends.contains(&lease))?))?;
+    } else {
+        for lease in ends {
+            print(&WayBack { lease, reset: args.reset }.to_string())?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The path of the device a name means, if it means one.
+async fn device(bus: &Bus, name: &str) -> Option<String> {
+    match name.parse::<PciAddress>() {
+        Ok(address) => Some(device_path(address)),
+        Err(_) => bus.manager.get_device(name).await.ok().map(|path| path.to_string()),
+    }
+}
+
+fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> bool {
+    let path = |address: &String| Some(device_path(address.parse().ok()?));
+    lease.id == target
+        || lease.vm.as_deref() == Some(target)
+        || device.is_some() && lease.devices.iter().any(|has| path(has).as_deref() == device)
+}
+
+/// What was done for a lease, last first, which is the order of the way back.
+struct WayBack<'a> {
+    lease: &'a LeaseRecord,
+    reset: bool,
+}
+
+impl fmt::Display for WayBack<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LeaseRecord { id, tenant, devices, state, steps, .. } = self.lease;
+        let devices = devices.join(", ");
+        writeln!(f, "{BOLD}lease {id}{BOLD:#} of {tenant} ({state}) would end: {devices}")?;
+        if state == "failed" {
+            return writeln!(f, "  it holds nothing any more; its record would be dismissed");
+        }
+        if self.reset {
+            writeln!(f, "  functions that can be reset by themselves would be reset")?;
+        }
+        for (step, n) in steps.iter().rev().filter(|step| changed_a_device(step)).zip(1..) {
+            writeln!(f, "  {n}. take back: {}", step.text)?;
+        }
+        Ok(())
+    }
+}
+
+fn changed_a_device(step: &StepRecord) -> bool {
+    step.device.is_some() && step.outcome.is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease() -> LeaseRecord {
+        let step = |text: &str, device: Option<&str>, outcome: Option<&str>| StepRecord {
+            text: text.into(),
+            device: device.map(str::to_owned),
+            outcome: outcome.map(str::to_owned),
+            ..StepRecord::default()
+        };
+        let device = Some("0000:03:00.0");
+        LeaseRecord {
+            id: "3f9a2c81".into(),
+            tenant: "alice".into(),
+            vm: Some("web".into()),
+            state: "active".into(),
+            devices: vec!["0000:03:00.0".into()],
+            steps: vec![
+                step("load module vfio-pci", None, Some("already-so")),
+                step("unbind it", device, Some("done")),
+                step("bind it", device, Some("done")),
+                step("never done", device, None),
+            ],
+            ..LeaseRecord::default()
+        }
+    }
+
+    fn told(lease: &LeaseRecord, reset: bool) -> String {
+        anstream::adapter::strip_str(&WayBack { lease, reset }.to_string()).to_string()
+    }
+
+    #[test]
+    fn the_way_back_begins_with_what_was_done_last() {
+        assert_eq!(
+            told(&lease(), false),
+            "lease 3f9a2c81 of alice (active) would end: 0000:03:00.0\n\
+             \u{20} 1. take back: bind it\n\
+             \u{20} 2. take back: unbind it\n"
+        );
+        assert!(told(&lease(), true).contains("would be reset"));
+        let failed = LeaseRecord { state: "failed".into(), ..lease() };
+        assert!(!told(&failed, false).contains("take back"));
+    }
+
+    #[test]
+    fn a_lease_answers_to_its_id_its_machine_and_its_devices() {
+        let path = "/org/vfiod1/device/0000_03_00_0";
+        for (target, device) in [("3f9a2c81", None), ("web", None), ("gpu", Some(path))] {
+            assert!(means(target, device, &lease()), "{target}");
+        }
+        assert!(!means("gpu", None, &lease()));
+        assert!(!means("03:00.1", Some("/org/vfiod1/device/0000_03_00_1"), &lease()));
+    }
+}

@@ -1,0 +1,72 @@
+//! From a command line to an exit status. Chooses who answers; answers nothing itself.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind as Usage;
+use libvfio::error::ErrorKind;
+use libvfio::host::HostRoot;
+
+use crate::args::{Cli, Command};
+use crate::bus::Bus;
+use crate::output::Output;
+use crate::trouble::{Trouble, report};
+use crate::{attach, check, explain, generate, groups, leases, list, monitor, release, show, tree};
+
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let json = cli.json;
+    run(cli).unwrap_or_else(|trouble| {
+        trouble.report(json);
+        trouble.exit_code()
+    })
+}
+
+/// Help, the version, or what is wrong with the command line.
+fn usage(error: &clap::Error) -> ExitCode {
+    let wrong =
+        error.use_stderr() && error.kind() != Usage::DisplayHelpOnMissingArgumentOrSubcommand;
+    if wrong && std::env::args_os().any(|argument| argument == "--json") {
+        let text = error.render().to_string();
+        let message = text.trim_start_matches("error: ").trim_end();
+        report(ErrorKind::InvalidArgument.name(), message, true);
+    } else {
+        // Whoever asked for help may have stopped reading it.
+        let _ = error.print();
+    }
+    if error.use_stderr() {
+        ErrorKind::InvalidArgument.exit_status().into()
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Trouble> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let fault = |error| Trouble::new(ErrorKind::Internal, format!("cannot begin: {error}"));
+    runtime.map_err(fault)?.block_on(answer(cli))
+}
+
+async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
+    let out = Output::new(cli.json);
+    let address = cli.bus.as_deref();
+    let bus = || Bus::connect(address);
+    match cli.command {
+        Command::List(args) => list::run(&bus().await?, &args, &out).await?,
+        Command::Show { device } => show::run(&bus().await?, &device, &out).await?,
+        Command::Tree => tree::run(&bus().await?, &out).await?,
+        Command::Groups => groups::run(&bus().await?, &out).await?,
+        Command::Explain { device } => explain::run(&bus().await?, &device, &out).await?,
+        Command::Leases => leases::run(&bus().await?, &out).await?,
+        Command::Monitor => monitor::run(&bus().await?, &out).await?,
+        Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
+        Command::Release(args) => return release::run(&bus().await?, &args, &out).await,
+        Command::Check { root } => return check::run(&HostRoot::new(root), address, &out).await,
+        Command::Completions { shell } => generate::completion(shell)?,
+        Command::Generate { what } => generate::files(&what)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
