@@ -18,7 +18,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     progress::step("linting", || {
         exec::loud(
             exec::cargo()
-                .args(["clippy", "--quiet", "--workspace", "--all-targets"])
+                .args(["clippy", "--quiet", "--workspace", "--all-targets", "--all-features"])
                 .args(["--", "--deny", "warnings"]),
         )
     })?;
@@ -46,7 +46,7 @@ pub(crate) fn run() -> Result<ExitCode> {
 
 /// cargo-deny, installed first if this version is not there yet.
 fn cargo_deny() -> Result<PathBuf> {
-    let directory = exec::output()?.join(format!("cargo-deny-{DENY}"));
+    let directory = exec::target()?.join(format!("cargo-deny-{DENY}"));
     let program = directory.join("bin/cargo-deny");
     if !program.exists() {
         progress::step("installing cargo-deny (once; some minutes)", || {

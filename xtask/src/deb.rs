@@ -11,27 +11,33 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{exec, host, progress};
 
-const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Upstream's version and the package's revision.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "-1");
 
-/// Binaries and where they go.
+/// Binaries and the directories they go to.
 const BINARIES: [(&str, &str); 2] = [("vfiod", "usr/libexec"), ("vfioctl", "usr/bin")];
 
-/// Files of the repository by directory and end of name, and where they go: first match counts.
-const FILES: [(&str, &str, &str); 10] = [
-    ("systemd", "org.vfiod1.service", "usr/share/dbus-1/system-services"),
-    ("systemd", "org.vfiod1.conf", "usr/share/dbus-1/system.d"),
-    ("systemd", ".xml", "usr/share/dbus-1/interfaces"),
-    ("systemd", ".policy", "usr/share/polkit-1/actions"),
-    ("systemd", ".service", "usr/lib/systemd/system"),
-    ("systemd", ".socket", "usr/lib/systemd/system"),
-    ("systemd", ".sysusers", "usr/lib/sysusers.d"),
-    ("systemd", ".tmpfiles", "usr/lib/tmpfiles.d"),
-    ("udev", ".rules", "usr/lib/udev/rules.d"),
-    ("docs", ".example.toml", "usr/share/doc/vfiod/examples"),
+/// Files of the repository and the directories they go to.
+const FILES: [(&str, &str); 11] = [
+    ("systemd/vfiod.service", "usr/lib/systemd/system"),
+    ("systemd/org.vfiod1.service", "usr/share/dbus-1/system-services"),
+    ("systemd/org.vfiod1.conf", "usr/share/dbus-1/system.d"),
+    ("systemd/org.vfiod1.xml", "usr/share/dbus-1/interfaces"),
+    ("systemd/org.vfiod1.policy", "usr/share/polkit-1/actions"),
+    ("udev/60-vfiod.rules", "usr/lib/udev/rules.d"),
+    ("README.md", "usr/share/doc/vfiod"),
+    ("docs/guide.md", "usr/share/doc/vfiod"),
+    ("docs/dbus.md", "usr/share/doc/vfiod"),
+    ("docs/threat-model.md", "usr/share/doc/vfiod"),
+    ("CHANGELOG.md", "usr/share/doc/vfiod"),
 ];
 
-/// Names that systemd wants to end differently than they do among other files.
-const RENAMED: [&str; 2] = [".sysusers", ".tmpfiles"];
+/// Completion scripts as vfioctl names them, and as each shell wants them.
+const COMPLETIONS: [(&str, &str); 3] = [
+    ("vfioctl.bash", "usr/share/bash-completion/completions/vfioctl"),
+    ("_vfioctl", "usr/share/zsh/vendor-completions/_vfioctl"),
+    ("vfioctl.fish", "usr/share/fish/vendor_completions.d/vfioctl.fish"),
+];
 
 const CONTROL: &str = include_str!("deb/control");
 const COPYRIGHT: &str = include_str!("deb/copyright");
@@ -44,18 +50,25 @@ const SCRIPTS: [(&str, &str); 3] = [
 
 /// Builds the package and returns its path.
 pub(crate) fn build() -> Result<PathBuf> {
-    host::require(&[("/usr/bin/dpkg-shlibdeps", "dpkg-dev"), ("/usr/bin/gzip", "gzip")])?;
+    host::require(&[("/usr/bin/dpkg-shlibdeps", "dpkg-dev")])?;
     let binaries = exec::build_product()?;
     progress::step("packing the Debian package", || {
-        let output = exec::output()?;
-        let stage = output.join("deb");
-        if stage.exists() {
-            fs::remove_dir_all(&stage)?;
+        let output = exec::target()?.join("debian");
+        let stage = output.join("vfiod");
+        if output.exists() {
+            fs::remove_dir_all(&output)?;
         }
         for (name, directory) in BINARIES {
-            install(&exec::named(&binaries, name)?, &stage.join(directory).join(name), 0o755)?;
+            let binary = stage.join(directory).join(name);
+            install(&exec::named(&binaries, name)?, &binary, 0o755)?;
+            exec::quiet(Command::new("strip").args(["--strip-unneeded", "--"]).arg(binary))?;
         }
-        stage_files(&stage)?;
+        for (file, directory) in FILES {
+            let source = exec::root().join(file);
+            let name = source.file_name().context("a file without a name")?;
+            install(&source, &stage.join(directory).join(name), 0o644)?;
+        }
+        stage_generated(&stage)?;
         stage_documents(&stage)?;
         stage_control(&stage)?;
         let package = output.join(format!("vfiod_{VERSION}_{}.deb", architecture()?));
@@ -74,36 +87,39 @@ pub(crate) fn lint(package: &Path) -> Result<()> {
     host::require(&[("/usr/bin/lintian", "lintian")])?;
     progress::step("checking the package with lintian", || {
         exec::loud(
-            Command::new("lintian")
-                .args(["--fail-on", "error", "--allow-root", "--no-tag-display-limit"])
-                .arg(package),
+            Command::new("lintian").args(["--fail-on", "error", "--allow-root"]).arg(package),
         )
     })
 }
 
-fn stage_files(stage: &Path) -> Result<()> {
-    for directory in ["systemd", "udev", "docs"] {
-        for entry in fs::read_dir(exec::root().join(directory))? {
-            let source = entry?.path();
-            let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let rule =
-                FILES.iter().find(|(from, end, _)| *from == directory && name.ends_with(end));
-            let Some((.., destination)) = rule else { continue };
-            let renamed = RENAMED.iter().find_map(|end| name.strip_suffix(end));
-            let name = renamed.map_or(name.clone(), |stem| format!("{stem}.conf"));
-            install(&source, &stage.join(destination).join(name), 0o644)?;
-        }
+/// What vfioctl says of itself: manual pages and completion scripts.
+fn stage_generated(stage: &Path) -> Result<()> {
+    let vfioctl = stage.join("usr/bin/vfioctl");
+    let pages = stage.join("usr/share/man/man1");
+    exec::quiet(Command::new(&vfioctl).args(["generate", "man"]).arg(&pages))?;
+    for page in fs::read_dir(&pages)? {
+        compress(&page?.path())?;
+    }
+    let scripts = stage.with_extension("completions");
+    exec::quiet(Command::new(&vfioctl).args(["generate", "completions"]).arg(&scripts))?;
+    for (name, destination) in COMPLETIONS {
+        install(&scripts.join(name), &stage.join(destination), 0o644)?;
     }
     Ok(())
 }
 
 fn stage_documents(stage: &Path) -> Result<()> {
     let documents = stage.join("usr/share/doc/vfiod");
-    fs::create_dir_all(&documents)?;
     fs::write(documents.join("copyright"), COPYRIGHT)?;
-    let changelog = documents.join("changelog.gz");
-    fs::write(changelog.with_extension(""), CHANGELOG.replace("@VERSION@", VERSION))?;
-    exec::quiet(Command::new("gzip").args(["-9", "-n"]).arg(changelog.with_extension("")))
+    fs::write(documents.join("changelog.Debian"), CHANGELOG.replace("@VERSION@", VERSION))?;
+    fs::rename(documents.join("CHANGELOG.md"), documents.join("changelog"))?;
+    compress(&documents.join("changelog.Debian"))?;
+    compress(&documents.join("changelog"))
+}
+
+/// Compresses a file in its place, without a date: the same input makes the same package.
+fn compress(file: &Path) -> Result<()> {
+    exec::quiet(Command::new("gzip").args(["-9", "-n", "--"]).arg(file))
 }
 
 fn stage_control(stage: &Path) -> Result<()> {

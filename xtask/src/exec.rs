@@ -13,14 +13,12 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// Where generated things go that cargo did not make.
-pub(crate) fn output() -> Result<PathBuf> {
+/// Cargo's target directory, where all that is made goes.
+pub(crate) fn target() -> Result<PathBuf> {
     let text = cargo().args(["metadata", "--format-version=1", "--no-deps"]).output()?.stdout;
     let metadata: Value = serde_json::from_slice(&text).context("cargo metadata")?;
     let target = metadata["target_directory"].as_str().context("cargo metadata")?;
-    let output = Path::new(target).join("xtask");
-    std::fs::create_dir_all(&output)?;
-    Ok(output)
+    Ok(PathBuf::from(target))
 }
 
 /// The cargo that runs us, at the repository's root.

@@ -20,7 +20,7 @@ pub(crate) fn run() -> Result<ExitCode> {
 /// Runs `cargo test`; how many passed and failed. Those that fail are shown.
 fn unit_tests() -> Result<(usize, usize)> {
     let output = exec::cargo()
-        .args(["test", "--quiet", "--workspace", "--no-fail-fast"])
+        .args(["test", "--quiet", "--workspace", "--all-features", "--no-fail-fast"])
         .stderr(Stdio::inherit())
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
