@@ -51,6 +51,7 @@ mod tests {
     use std::collections::HashMap;
 
     use libvfio::client::{DeviceRecord, LeaseRecord, StepRecord};
+    use libvfio::error::ErrorKind;
     use serde::Serialize;
     use serde_json::json;
     use zbus::Message;
@@ -103,5 +104,30 @@ mod tests {
         assert_eq!(sent(&("a", vec![1u8, 2])), json!(["a", [1, 2]]));
         assert_eq!(sent(&(HashMap::from([(7u32, (true, -1i64))]),)), json!({"7": [true, -1]}));
         assert_eq!(sent(&(f64::NAN,)), Value::Null);
+    }
+
+    const DOCUMENT: &str = include_str!("../../../../docs/vfioctl-json.md");
+
+    #[test]
+    fn the_document_names_every_field_of_every_record() {
+        let records = include_str!("../../../../libvfio/src/client/records.rs");
+        let fields: Vec<&str> = records
+            .lines()
+            .filter_map(|line| line.strip_prefix("    pub ")?.split_once(':'))
+            .map(|(field, _)| field)
+            .filter(|field| !field.contains(' '))
+            .collect();
+        assert!(fields.len() > 60, "the records were not read");
+        for field in fields {
+            assert!(DOCUMENT.contains(&format!("`{field}`")), "{field}");
+        }
+    }
+
+    #[test]
+    fn the_document_names_every_failure_with_its_status() {
+        for kind in ErrorKind::ALL {
+            let row = format!("| {} | `{}` |", kind.exit_status(), kind.name());
+            assert!(DOCUMENT.contains(&row), "{row}");
+        }
     }
 }
