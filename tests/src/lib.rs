@@ -7,3 +7,6 @@ pub mod protocol;
 
 #[cfg(feature = "lab")]
 pub mod lab;
+
+#[cfg(feature = "sim")]
+pub mod sim;

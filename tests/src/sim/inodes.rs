@@ -1,0 +1,66 @@
+//! Numbers for the paths the real kernel has looked up, until it forgets them. Touches nothing.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The number of the root (`FUSE_ROOT_ID`).
+const ROOT: u64 = 1;
+
+/// Paths by number and numbers by path.
+#[derive(Debug)]
+pub(super) struct Inodes {
+    paths: HashMap<u64, (Arc<str>, u64)>,
+    numbers: HashMap<Arc<str>, u64>,
+    last: u64,
+}
+
+impl Default for Inodes {
+    fn default() -> Self {
+        let root: Arc<str> = "".into();
+        Self {
+            paths: HashMap::from([(ROOT, (root.clone(), 1))]),
+            numbers: HashMap::from([(root, ROOT)]),
+            last: ROOT,
+        }
+    }
+}
+
+impl Inodes {
+    pub(super) fn path(&self, number: u64) -> Option<Arc<str>> {
+        self.paths.get(&number).map(|(path, _)| path.clone())
+    }
+
+    /// The path of a name in a directory.
+    pub(super) fn child(&self, parent: u64, name: &str) -> Option<Arc<str>> {
+        let parent = self.path(parent)?;
+        Some(if parent.is_empty() { name.into() } else { format!("{parent}/{name}").into() })
+    }
+
+    /// Counts a lookup; the number of the path.
+    ///
+    /// A file that can be written gets a new number each time. The real kernel lets one writer at
+    /// a time have an inode, and one that sleeps must not keep all others out, as it does not in
+    /// sysfs.
+    pub(super) fn remember(&mut self, path: Arc<str>, writable: bool) -> u64 {
+        let known = if writable { None } else { self.numbers.get(&path).copied() };
+        let number = known.unwrap_or_else(|| {
+            self.last += 1;
+            self.numbers.insert(path.clone(), self.last);
+            self.last
+        });
+        self.paths.entry(number).or_insert((path, 0)).1 += 1;
+        number
+    }
+
+    /// Takes lookups back; with the last one the path goes.
+    pub(super) fn forget(&mut self, number: u64, lookups: u64) {
+        let Some((path, count)) = self.paths.get_mut(&number) else { return };
+        *count = count.saturating_sub(lookups);
+        if *count == 0 && number != ROOT {
+            if self.numbers.get(path) == Some(&number) {
+                self.numbers.remove(path);
+            }
+            self.paths.remove(&number);
+        }
+    }
+}

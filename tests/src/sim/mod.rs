@@ -1,0 +1,137 @@
+//! The simulated kernel: described hosts behind a FUSE file system that behaves like the Linux
+//! driver core. Touches `/dev/fuse` and its own mount point, never the machine's sysfs or devices.
+
+mod attributes;
+mod binding;
+mod config;
+mod described;
+mod event;
+mod fault;
+mod files;
+mod fs;
+mod group;
+mod inodes;
+mod kernel;
+mod notation;
+mod open;
+mod proc;
+mod resource;
+mod sriov;
+mod store;
+mod text;
+mod tree;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use fuser::{BackgroundSession, Config, MountOption, SessionACL};
+use libvfio::address::PciAddress;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use tempfile::TempDir;
+
+pub use described::{
+    Copies, Described, Disk, Driver, Express, Function, HGX8, KernelOptions, Link, Mount, Process,
+    SCALE, Sriov, WORKSTATION,
+};
+pub use event::{Action, Uevent};
+pub use fault::{Effect, Fault, Operation};
+pub use kernel::{Answer, Kernel, Stop, Written};
+pub use notation::{BarSize, IdPair, IdPattern, Malformed};
+pub use open::Opener;
+pub use tree::Entry;
+
+/// A described host, mounted. Unmounts when dropped, also while a panic unwinds; whoever still
+/// waits for the simulated kernel then gets an error.
+#[derive(Debug)]
+pub struct Sim {
+    shared: Arc<fs::Shared>,
+    root: PathBuf,
+    /// Removed after unmounting, if it is ours.
+    _directory: Option<TempDir>,
+    session: Option<BackgroundSession>,
+}
+
+impl Sim {
+    /// Boots a described host and mounts it on a new directory.
+    pub fn mount(host: &Described) -> anyhow::Result<Self> {
+        let directory = TempDir::with_prefix(format!("{}-", host.name))?;
+        let root = directory.path().to_owned();
+        Self::start(host, root, Some(directory))
+    }
+
+    /// Boots a described host and mounts it on an empty directory.
+    pub fn mount_at(host: &Described, root: &Path) -> anyhow::Result<Self> {
+        Self::start(host, root.to_owned(), None)
+    }
+
+    fn start(host: &Described, root: PathBuf, directory: Option<TempDir>) -> anyhow::Result<Self> {
+        let shared = Arc::new(fs::Shared::new(Kernel::boot(host)));
+        let mut config = Config::default();
+        config.mount_options =
+            vec![MountOption::FSName(host.name.clone()), MountOption::DefaultPermissions];
+        config.acl = SessionACL::All;
+        config.n_threads = Some(2);
+        let session = fuser::spawn_mount(fs::Glue::new(shared.clone()), &root, &config)
+            .with_context(|| format!("cannot mount on {}: {}", root.display(), remedy()))?;
+        Ok(Self { shared, root, _directory: directory, session: Some(session) })
+    }
+
+    /// Where the host's `/` is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Makes something go wrong.
+    pub fn arm(&self, fault: Fault) {
+        self.shared.with(|kernel| kernel.arm(fault));
+    }
+
+    /// Plugs a described function in.
+    pub fn plug(&self, address: PciAddress) -> Result<(), Errno> {
+        self.shared.with(|kernel| kernel.plug(address))
+    }
+
+    /// Takes a function out by surprise, with all that is below it.
+    pub fn unplug(&self, address: PciAddress) -> Result<(), Errno> {
+        self.shared.with(|kernel| kernel.unplug(address))
+    }
+
+    /// Loads a module, as `modprobe` would.
+    pub fn load(&self, module: &str) -> Result<(), Errno> {
+        self.shared.with(|kernel| kernel.load(module))
+    }
+
+    /// The writes seen so far.
+    pub fn journal(&self) -> Vec<Written> {
+        self.shared.with(|kernel| kernel.journal().to_vec())
+    }
+
+    /// The events the kernel would have sent since this was last asked.
+    pub fn events(&self) -> Vec<Uevent> {
+        self.shared.with(Kernel::take_events)
+    }
+}
+
+impl Drop for Sim {
+    fn drop(&mut self) {
+        self.shared.end();
+        // Lazily, for somebody may still be in there.
+        if let Err(errno) = umount2(&self.root, MntFlags::MNT_DETACH)
+            && errno != Errno::EINVAL
+        {
+            eprintln!("cannot unmount {}: {}", self.root.display(), io::Error::from(errno));
+        }
+        drop(self.session.take());
+    }
+}
+
+fn remedy() -> &'static str {
+    if Path::new("/dev/fuse").exists() {
+        "run as root, or install fuse3 for its fusermount3"
+    } else {
+        "there is no /dev/fuse; run 'modprobe fuse', and in a container pass --device /dev/fuse"
+    }
+}

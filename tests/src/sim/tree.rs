@@ -1,0 +1,331 @@
+//! The tree of files a simulated kernel shows, by paths below the root. Reads the kernel's state;
+//! reading changes nothing, but a fault may strike.
+
+use libvfio::address::PciAddress;
+use nix::errno::Errno;
+
+use super::attributes::{ATTRIBUTES, Attribute};
+use super::fault::{Effect, Operation};
+use super::kernel::{Device, Kernel, Stop};
+
+/// What is at a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entry {
+    /// A directory.
+    Directory,
+    /// A symbolic link, and where it points.
+    Link(String),
+    /// A file with these permissions.
+    File(u16),
+    /// A device node, which others may have open. It is a plain file here.
+    Node,
+}
+
+const DEVICES: &str = "sys/devices/";
+const DRIVER_FILES: [&str; 2] = ["bind", "unbind"];
+
+impl Kernel {
+    /// What is at a path; `None` if nothing is.
+    pub fn entry(&self, path: &str) -> Option<Entry> {
+        if self.files.names(path).is_some() {
+            return Some(Entry::Directory);
+        }
+        if self.files.text(path).is_some() {
+            return Some(Entry::File(0o444));
+        }
+        if let Some((address, device, rest)) = self.device_at(path) {
+            return self.entry_of(address, device, rest);
+        }
+        let parts: Vec<&str> = path.split('/').collect();
+        match parts.as_slice() {
+            ["sys", "bus", "pci", "devices", name] => {
+                let device = self.devices.get(&self.find(name)?)?;
+                Some(Entry::Link(format!("../../../devices/{}", device.path)))
+            }
+            ["sys", "bus", "pci", "drivers_probe" | "rescan"] => Some(Entry::File(0o200)),
+            ["sys", "bus", "pci", "drivers", name] => self.driver(name).map(|_| Entry::Directory),
+            ["sys", "bus", "pci", "drivers", driver, name] => {
+                if DRIVER_FILES.contains(name) && self.driver(driver).is_some() {
+                    return Some(Entry::File(0o200));
+                }
+                let device = self.devices.get(&self.find(name)?)?;
+                let bound = device.driver.as_deref() == Some(driver);
+                bound.then(|| Entry::Link(format!("../../../../devices/{}", device.path)))
+            }
+            ["sys", "devices", root] => self.is_root(root).then_some(Entry::Directory),
+            ["sys", "kernel", "iommu_groups", number, rest @ ..] => {
+                let members = self.groups.get(&number.parse().ok()?)?;
+                match rest {
+                    [] | ["devices"] => Some(Entry::Directory),
+                    ["type"] => Some(Entry::File(0o644)),
+                    ["devices", name] => {
+                        let address = self.find(name).filter(|a| members.contains(a))?;
+                        let path = &self.devices.get(&address)?.path;
+                        Some(Entry::Link(format!("../../../../devices/{path}")))
+                    }
+                    _ => None,
+                }
+            }
+            ["sys", "class", "iommu", name] => {
+                let there = self.host.kernel.iommus.iter().any(|iommu| iommu == name);
+                there.then(|| Entry::Link(format!("../../devices/virtual/iommu/{name}")))
+            }
+            ["sys", "class", class, name] => {
+                let member = |((c, n), path): (&(&str, String), &String)| {
+                    (c == class && n == name).then(|| path.clone())
+                };
+                let class = CLASSES.iter().find(|known| *known == class)?;
+                let path = self.members.get_key_value(&(*class, (*name).to_owned()));
+                path.and_then(member).map(|path| Entry::Link(format!("../../devices/{path}")))
+            }
+            ["dev", "vfio", rest @ ..] => self.nodes(rest).then_some(Entry::Node),
+            ["proc", rest @ ..] => self.proc_entry(rest),
+            _ => None,
+        }
+    }
+
+    /// The names in a directory; `None` if there is no such directory.
+    pub fn names(&self, path: &str) -> Option<Vec<String>> {
+        if let Some((address, device, rest)) = self.device_at(path) {
+            return self.names_of(address, device, rest);
+        }
+        let mut names: Vec<String> =
+            self.files.names(path).into_iter().flatten().cloned().collect();
+        let parts: Vec<&str> = path.split('/').collect();
+        let all = |addresses: &mut dyn Iterator<Item = &PciAddress>| {
+            addresses.map(ToString::to_string).collect::<Vec<_>>()
+        };
+        match parts.as_slice() {
+            ["sys", "bus", "pci"] => names.extend(["drivers_probe".into(), "rescan".into()]),
+            ["sys", "bus", "pci", "devices"] => names.extend(all(&mut self.devices.keys())),
+            ["sys", "bus", "pci", "drivers"] => {
+                names.extend(self.drivers.iter().map(|driver| driver.name.clone()));
+            }
+            ["sys", "bus", "pci", "drivers", driver] => {
+                self.driver(driver)?;
+                names.extend(DRIVER_FILES.map(str::to_owned));
+                let bound = |(_, d): &(&PciAddress, &Device)| d.driver.as_deref() == Some(driver);
+                names.extend(all(&mut self.devices.iter().filter(bound).map(|(a, _)| a)));
+            }
+            ["sys", "devices"] => names.extend(self.roots()),
+            ["sys", "devices", root] if self.is_root(root) => names.extend(self.below(root)),
+            ["sys", "kernel", "iommu_groups"] => {
+                names.extend(self.groups.keys().map(ToString::to_string));
+            }
+            ["sys", "kernel", "iommu_groups", number, rest @ ..] => {
+                let members = self.groups.get(&number.parse().ok()?)?;
+                match rest {
+                    [] => names.extend(["devices".into(), "type".into()]),
+                    ["devices"] => names.extend(all(&mut members.iter())),
+                    _ => return None,
+                }
+            }
+            ["sys", "class", "iommu"] => names.extend(self.host.kernel.iommus.iter().cloned()),
+            ["sys", "class", class] => {
+                let members = self.members.keys().filter(|(known, _)| known == class);
+                names.extend(members.map(|(_, name)| name.clone()));
+            }
+            ["dev", "vfio"] => {
+                let groups = self.vfio.values().filter_map(|a| self.devices.get(a)?.group);
+                let mut groups: Vec<u32> = groups.collect();
+                groups.sort_unstable();
+                groups.dedup();
+                names.extend(groups.iter().map(ToString::to_string));
+                if self.has_vfio() {
+                    names.push("vfio".into());
+                }
+            }
+            ["dev", "vfio", "devices"] => {
+                names.extend(self.vfio.keys().map(|number| format!("vfio{number}")));
+            }
+            ["proc", rest @ ..] => names.extend(self.proc_names(rest)),
+            _ => {}
+        }
+        (!names.is_empty() || self.entry(path) == Some(Entry::Directory)).then_some(names)
+    }
+
+    /// What a file reads.
+    pub fn read(&mut self, path: &str) -> Result<Vec<u8>, Stop> {
+        if let Some((address, ..)) = self.device_at(path) {
+            match self.faults.strike(Operation::Read, address) {
+                None => {}
+                Some(Effect::Errno(errno)) => return Err(errno.into()),
+                Some(Effect::SucceedWithoutEffect) => return Ok(Vec::new()),
+                Some(Effect::BlockForever) => return Err(Stop::Forever),
+                Some(Effect::BindOther(driver)) => {
+                    self.drop_driver(address);
+                    self.attach(address, &driver)?;
+                }
+                Some(Effect::Vanish) => {
+                    self.unplug(address)?;
+                    return Err(Errno::ENODEV.into());
+                }
+            }
+        }
+        self.shown(path).ok_or(Stop::Errno(Errno::ENODEV))
+    }
+
+    fn shown(&self, path: &str) -> Option<Vec<u8>> {
+        if let Some(text) = self.files.text(path) {
+            return Some(text.into());
+        }
+        if let Some((address, device, rest)) = self.device_at(path) {
+            if rest == "config" {
+                return Some(self.config(device));
+            }
+            if let Some(attribute) = Attribute::of(device, rest) {
+                return Some(self.show(device, attribute).into());
+            }
+            let deeper = self.deeper(address, device);
+            return deeper
+                .into_iter()
+                .find(|(file, ..)| file == rest)
+                .map(|(.., text)| text.into());
+        }
+        if path.starts_with("sys/kernel/iommu_groups/") {
+            return Some("DMA-FQ\n".into());
+        }
+        let parts = path.strip_prefix("proc/")?.split('/').collect::<Vec<_>>();
+        self.proc_text(&parts).map(String::into_bytes)
+    }
+
+    /// The device in whose directory a path is, and the path from there. Devices may be named by
+    /// their place in `sys/devices` or, for callers that follow no links, in `sys/bus/pci/devices`.
+    fn device_at<'a>(&self, path: &'a str) -> Option<(PciAddress, &Device, &'a str)> {
+        if let Some(below) = path.strip_prefix("sys/bus/pci/devices/") {
+            let (name, rest) = below.split_once('/')?;
+            let address = self.find(name)?;
+            return Some((address, self.devices.get(&address)?, rest));
+        }
+        let below = path.strip_prefix(DEVICES)?;
+        let ports = below.split('/').skip(1).map_while(|part| part.parse::<PciAddress>().ok());
+        let address = ports.last()?;
+        let device = self.devices.get(&address)?;
+        let rest = below.strip_prefix(&device.path)?;
+        let rest = if rest.is_empty() { rest } else { rest.strip_prefix('/')? };
+        Some((address, device, rest))
+    }
+
+    /// The device and attribute a path names.
+    pub(super) fn attribute_at<'a>(&self, path: &'a str) -> Option<(PciAddress, &'a str)> {
+        self.device_at(path)
+            .map(|(address, _, rest)| (address, rest))
+            .filter(|(_, a)| !a.is_empty())
+    }
+
+    fn entry_of(&self, address: PciAddress, device: &Device, rest: &str) -> Option<Entry> {
+        let up = "../".repeat(device.path.split('/').count() + 1);
+        if rest.is_empty() {
+            return Some(Entry::Directory);
+        }
+        if rest == "config" {
+            return Some(Entry::File(0o644));
+        }
+        if let Some(attribute) = Attribute::of(device, rest) {
+            return Some(Entry::File(attribute.mode));
+        }
+        if let Some(target) = self.links(device).into_iter().find(|(name, _)| name == rest) {
+            return Some(Entry::Link(up + &target.1));
+        }
+        let folder = format!("{rest}/");
+        self.deeper(address, device).iter().find_map(|(file, mode, _)| {
+            if file == rest {
+                return Some(Entry::File(*mode));
+            }
+            file.starts_with(&folder).then_some(Entry::Directory)
+        })
+    }
+
+    fn names_of(&self, address: PciAddress, device: &Device, rest: &str) -> Option<Vec<String>> {
+        let folder = if rest.is_empty() { String::new() } else { format!("{rest}/") };
+        let deeper = self.deeper(address, device);
+        let within = deeper.iter().filter_map(|(file, ..)| file.strip_prefix(&folder));
+        let first = |file: &str| file.split('/').next().unwrap_or_default().to_owned();
+        let mut names: Vec<String> = within.map(first).filter(|name| !name.is_empty()).collect();
+        if rest.is_empty() {
+            names.push("config".into());
+            names.extend(ATTRIBUTES.iter().filter(|a| (a.of)(device)).map(|a| a.name.into()));
+            names.extend(self.links(device).into_iter().map(|(name, _)| name));
+            names.extend(self.below(&device.path));
+        }
+        names.sort_unstable();
+        names.dedup();
+        (self.entry_of(address, device, rest) == Some(Entry::Directory)).then_some(names)
+    }
+
+    /// Links of a function's directory, with their targets below `sys`.
+    fn links(&self, device: &Device) -> Vec<(String, String)> {
+        let place = |address: &PciAddress| {
+            self.devices.get(address).map(|other| format!("devices/{}", other.path))
+        };
+        let mut links = vec![("subsystem".to_owned(), "bus/pci".to_owned())];
+        links.extend(device.driver.iter().map(|name| {
+            let target = format!("bus/pci/drivers/{name}");
+            ("driver".to_owned(), target)
+        }));
+        links.extend(device.group.iter().map(|number| {
+            let target = format!("kernel/iommu_groups/{number}");
+            ("iommu_group".to_owned(), target)
+        }));
+        let physical = device.physical.and_then(|(physical, _)| place(&physical));
+        links.extend(physical.map(|target| ("physfn".to_owned(), target)));
+        for vf in &device.vfs {
+            let index = self.devices.get(vf).and_then(|vf| vf.physical).map_or(0, |(_, n)| n);
+            links.extend(place(vf).map(|target| (format!("virtfn{index}"), target)));
+        }
+        links
+    }
+
+    /// Names of the functions right below a bus or a port.
+    fn below(&self, path: &str) -> impl Iterator<Item = String> {
+        let right_below =
+            |d: &&Device| d.path.rsplit_once('/').is_some_and(|(above, _)| above == path);
+        let names: Vec<String> = self
+            .devices
+            .values()
+            .filter(right_below)
+            .map(|device| device.description.address.to_string())
+            .collect();
+        names.into_iter()
+    }
+
+    fn roots(&self) -> impl Iterator<Item = String> {
+        let mut roots: Vec<String> = self
+            .devices
+            .values()
+            .filter(|device| device.parent.is_none())
+            .filter_map(|device| Some(device.path.split_once('/')?.0.to_owned()))
+            .collect();
+        roots.sort_unstable();
+        roots.dedup();
+        roots.into_iter()
+    }
+
+    fn is_root(&self, name: &str) -> bool {
+        let bus = |d: &Device| d.path.split_once('/').is_some_and(|(root, _)| root == name);
+        self.devices.values().any(bus)
+    }
+
+    /// Whether there is such a node in `dev/vfio`.
+    fn nodes(&self, rest: &[&str]) -> bool {
+        match rest {
+            ["vfio"] => self.has_vfio(),
+            ["devices", name] => {
+                let number = name.strip_prefix("vfio").and_then(|number| number.parse().ok());
+                self.host.kernel.cdev && number.is_some_and(|n: u32| self.vfio.contains_key(&n))
+            }
+            [number] => {
+                let members = number.parse().ok().and_then(|number: u32| self.groups.get(&number));
+                let mut members = members.into_iter().flatten();
+                members.any(|a| self.devices.get(a).is_some_and(|d| d.vfio.is_some()))
+            }
+            _ => false,
+        }
+    }
+
+    fn has_vfio(&self) -> bool {
+        self.drivers.iter().any(|driver| driver.vfio)
+    }
+}
+
+const CLASSES: [&str; 3] = ["block", "net", "vfio-dev"];
