@@ -75,7 +75,7 @@ pub fn check(host: &HostRoot) -> Vec<Finding> {
     ];
     findings.extend(isolation(&platform));
     findings.extend([
-        module(host, "vfio", "CONFIG_VFIO"),
+        vfio(host),
         vfio_pci(host),
         vfio_node(host),
         iommufd(host),
@@ -175,15 +175,19 @@ fn isolation(platform: &Platform) -> Option<Finding> {
     })
 }
 
-/// A module this kernel has loaded, built in or in its module directory.
-fn module(host: &HostRoot, name: &'static str, option: &str) -> Finding {
+/// VFIO itself. Built into the kernel it may leave no trace but its driver.
+fn vfio(host: &HostRoot) -> Finding {
+    let name = "vfio";
+    let loaded = host.sys("module").has(name) || host.sys("bus/pci/drivers").has("vfio-pci");
     let table = |file| host.modules(file).map(Option::unwrap_or_default);
     let known = table("modules.dep")
         .and_then(|dep| Ok(modalias::module_exists(&dep, &table("modules.builtin")?, name)));
     match known {
-        _ if host.sys("module").has(name) => Finding::ok(name, "loaded"),
+        _ if loaded => Finding::ok(name, "loaded"),
         Ok(true) => Finding::ok(name, "can be loaded"),
-        Ok(false) => Finding::fail(name, "this kernel does not have it", full_modules(option)),
+        Ok(false) => {
+            Finding::fail(name, "this kernel does not have it", full_modules("CONFIG_VFIO"))
+        }
         Err(error) => unreadable(name, &error),
     }
 }

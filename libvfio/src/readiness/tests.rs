@@ -76,6 +76,17 @@ fn an_iommu_without_groups_is_not_in_use() {
 }
 
 #[test]
+fn modules_that_are_there_but_not_loaded_are_enough() {
+    let (dir, host) = host(&READY);
+    fs::remove_dir_all(dir.path().join("sys/bus/pci/drivers/vfio-pci")).unwrap();
+    let modules = "kernel/drivers/vfio/vfio.ko:\nkernel/drivers/vfio/pci/vfio-pci.ko.xz: x.ko\n";
+    fs::write(dir.path().join("lib/modules/6.12.1/modules.dep"), modules).unwrap();
+    for name in ["vfio", "vfio-pci"] {
+        assert_eq!(found(&host, name), Finding::ok(name, "can be loaded"));
+    }
+}
+
+#[test]
 fn no_iommu_mode_is_named() {
     let (_dir, host) = host(&[("sys/module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n")]);
     let iommu = found(&host, "iommu");
