@@ -29,8 +29,8 @@ pub(crate) struct Cli {
     /// Print JSON: what vfiod answered, with its own field names
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// Talk to the bus at this D-Bus address instead of the system bus
-    #[arg(long, global = true, value_name = "ADDRESS", env = "VFIOCTL_BUS", hide = true)]
+    /// Talk to the bus at this D-Bus address instead of the system bus (also: `VFIOCTL_BUS`)
+    #[arg(long, global = true, value_name = "ADDRESS", hide = true)]
     pub(crate) bus: Option<String>,
     #[command(subcommand)]
     pub(crate) command: Command,

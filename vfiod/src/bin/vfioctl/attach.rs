@@ -30,7 +30,7 @@ async fn attach(
     args: &AttachArgs,
     out: &Output,
 ) -> Result<ExitCode, Trouble> {
-    let (id, _) = patiently(bus, bus.manager.attach(devices, tenant, options(args))).await??;
+    let (id, _) = patiently(bus, bus.manager.attach(devices, tenant, options(args))).await?;
     // The caller named some functions and got others of the same devices with them.
     let reply = bus.ask("ListLeases", &()).await?;
     let lease = reply.read::<Vec<LeaseRecord>>()?.into_iter().find(|lease| lease.id == id);
@@ -82,17 +82,20 @@ fn options(args: &AttachArgs) -> Options<'_> {
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Awaits `work`; when that takes its time and a person watches, says what it waits for.
-pub(crate) async fn patiently<T>(bus: &Bus, work: impl Future<Output = T>) -> Result<T, Trouble> {
+pub(crate) async fn patiently<T>(bus: &Bus, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
+    let told = async {
+        tokio::time::sleep(PATIENCE).await;
+        if std::io::stderr().is_terminal() {
+            // Not to know what it waits for is no reason to stop waiting.
+            let leases = bus.manager.list_leases().await.unwrap_or_default();
+            anstream::eprintln!("{}", waiting_for(&leases));
+        }
+    };
     tokio::select! {
-        done = &mut work => return Ok(done),
-        () = tokio::time::sleep(PATIENCE) => {}
+        done = &mut work => done,
+        () = told => work.await,
     }
-    if std::io::stderr().is_terminal() {
-        let leases: Vec<LeaseRecord> = bus.ask("ListLeases", &()).await?.read()?;
-        anstream::eprintln!("{}", waiting_for(&leases));
-    }
-    Ok(work.await)
 }
 
 fn waiting_for(leases: &[LeaseRecord]) -> String {

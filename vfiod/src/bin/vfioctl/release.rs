@@ -35,10 +35,7 @@ pub(crate) async fn run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<E
         print_json(&ended.into())?;
     } else {
         for id in ended {
-            print(&format!(
-                "released lease {id}
-"
-            ))?;
+            print(&format!("released lease {id}\n"))?;
         }
     }
     Ok(failed.map_or(ExitCode::SUCCESS, |trouble| trouble.exit_code()))
@@ -49,7 +46,7 @@ async fn release(bus: &Bus, target: &str, args: &ReleaseArgs) -> Result<Vec<Stri
     if args.reset {
         options.insert("reset", true.into());
     }
-    Ok(patiently(bus, bus.manager.release(target, options)).await??)
+    Ok(patiently(bus, bus.manager.release(target, options)).await?)
 }
 
 fn nothing(target: &str) {

@@ -52,7 +52,9 @@ fn run(cli: Cli) -> Result<ExitCode, Trouble> {
 
 async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
     let out = Output::new(cli.json);
-    let address = cli.bus.as_deref();
+    // Not an argument's default, with which a bare `vfioctl` would no longer show its help.
+    let address = cli.bus.or_else(|| std::env::var("VFIOCTL_BUS").ok());
+    let address = address.as_deref().filter(|address| !address.is_empty());
     let bus = || Bus::connect(address);
     match cli.command {
         Command::List(args) => list::run(&bus().await?, &args, &out).await?,

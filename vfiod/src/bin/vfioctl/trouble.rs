@@ -85,26 +85,30 @@ impl From<Failure> for Trouble {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Daemon { kind, message } => Self::Refused { kind, message },
-            Failure::Bus(error) => Self::from(error),
+            Failure::Bus(error) => from_bus(&error),
         }
     }
 }
 
 impl From<zbus::Error> for Trouble {
     fn from(error: zbus::Error) -> Self {
-        match &error {
-            zbus::Error::FDO(cause) => from_bus(cause),
-            // The bus has systemd start the daemon, and hands its error on.
-            zbus::Error::MethodError(name, ..) if name.starts_with("org.freedesktop.systemd1.") => {
-                not_started(&brief(&error))
-            }
-            zbus::Error::InputOutput(_) => gone(),
-            _ => Self::new(ErrorKind::Internal, not_understood(&brief(&error))),
-        }
+        Failure::from(error).into()
     }
 }
 
-fn from_bus(error: &fdo::Error) -> Trouble {
+fn from_bus(error: &zbus::Error) -> Trouble {
+    match error {
+        zbus::Error::FDO(cause) => from_bus_daemon(cause),
+        // The bus has systemd start the daemon, and hands its error on.
+        zbus::Error::MethodError(name, ..) if name.starts_with("org.freedesktop.systemd1.") => {
+            not_started(&brief(error))
+        }
+        zbus::Error::InputOutput(_) => gone(),
+        _ => Trouble::new(ErrorKind::Internal, not_understood(&brief(error))),
+    }
+}
+
+fn from_bus_daemon(error: &fdo::Error) -> Trouble {
     use fdo::Error as E;
     match error {
         E::ServiceUnknown(_) | E::NameHasNoOwner(_) => {
@@ -128,12 +132,11 @@ fn from_bus(error: &fdo::Error) -> Trouble {
         | E::SpawnPermissionsInvalid(why)
         | E::SpawnFileInvalid(why)
         | E::SpawnNoMemory(why) => not_started(why),
-        E::AccessDenied(why) => Trouble::new(
+        // The bus's own text is about matched rules and messages.
+        E::AccessDenied(_) => Trouble::new(
             ErrorKind::NotAuthorized,
-            format!(
-                "the bus does not let this user talk to vfiod: {why} (run it as root, or allow it \
-                 in the D-Bus policy of org.vfiod1)"
-            ),
+            "the bus does not let this user talk to vfiod; run it as root, or allow it in the \
+             D-Bus policy of org.vfiod1",
         ),
         other => Trouble::new(ErrorKind::Internal, not_understood(&other.to_string())),
     }
@@ -168,10 +171,30 @@ fn brief(error: &zbus::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use zbus::Message;
+
     use super::*;
 
     fn of(error: fdo::Error) -> Trouble {
         zbus::Error::from(error).into()
+    }
+
+    /// An error as it comes over the bus.
+    fn replied(name: &str, message: &str) -> Trouble {
+        let call = Message::method_call("/", "A").build(&()).unwrap();
+        let header = call.header();
+        Message::error(&header, name).build(&(message,)).map(zbus::Error::from).unwrap().into()
+    }
+
+    #[test]
+    fn what_the_daemon_says_is_passed_on_with_its_kind() {
+        let Trouble::Refused { kind, message } = replied("org.vfiod1.Error.NotFound", "no\nsuch")
+        else {
+            panic!("it answered");
+        };
+        assert_eq!((kind, message.as_str()), (ErrorKind::NotFound, "no\nsuch"));
+        let masked = replied("org.freedesktop.systemd1.UnitMasked", "Unit is masked.");
+        assert!(matches!(masked, Trouble::Unavailable(text) if text.contains("masked")));
     }
 
     #[test]
