@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libvfio::address::PciAddress;
 use libvfio::client::{DeviceRecord, Failure, GroupRecord, PlanRecord};
@@ -24,6 +24,9 @@ use crate::lease::{Found, Lease, Recorded, State};
 use crate::ledger::Ledger;
 use crate::request::{AttachOptions, ReleaseOptions, check_devices};
 use crate::transition::{self, Stopped};
+
+/// How long a device that changed under a lease is given before the lease is judged.
+const SETTLING: Duration = Duration::from_millis(300);
 
 /// What happened, for whoever watches.
 #[derive(Debug)]
@@ -422,15 +425,22 @@ impl Broker {
     }
 
     /// Looks at functions the kernel reported a change of, and at what that means for leases.
+    /// Takes a moment where a lease may be broken, so it is for the thread that follows events.
     pub fn notice(&self, addresses: impl IntoIterator<Item = PciAddress>) {
         let addresses: BTreeSet<PciAddress> = addresses.into_iter().collect();
         self.refresh(addresses.iter().copied());
-        for lease in self.leases() {
-            let concerned = lease.devices.keys().any(|device| addresses.contains(device));
-            if concerned
-                && lease.state == State::Active
-                && let Some(reason) = self.broken(&lease)
-            {
+        let concerned = |lease: &Lease| {
+            lease.state == State::Active
+                && lease.devices.keys().any(|device| addresses.contains(device))
+        };
+        let leases: Vec<Lease> = self.leases().into_iter().filter(concerned).collect();
+        if leases.iter().any(|lease| self.broken(lease).is_some()) {
+            // Unplugging takes a device from its driver first: what happened is clear soon after.
+            std::thread::sleep(SETTLING);
+            self.refresh(addresses.iter().copied());
+        }
+        for lease in leases {
+            if let Some(reason) = self.broken(&lease) {
                 self.fail(&lease.id, &reason);
             }
         }

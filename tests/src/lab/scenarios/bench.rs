@@ -28,8 +28,11 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     }
     command::run(["udevadm", "settle"])?.success()?;
 
+    lab.step("measuring a cycle of attach and release on one connection")?;
     attach_release(lab, &vf)?;
+    lab.step("the same with a process for each operation")?;
     each_a_process(lab, &vf)?;
+    lab.step("listing, memory, starting")?;
     list(lab)?;
     memory(lab)?;
     startup(lab)?;
@@ -155,8 +158,9 @@ struct Virsh {
 
 impl Virsh {
     fn start() -> Result<Self> {
-        let mut process = Command::new("virsh")
-            .args(["--quiet", "--connect", "qemu:///system"])
+        // It tells of what it did only where it is not quiet, and keeps it back in a pipe.
+        let mut process = Command::new("stdbuf")
+            .args(["-oL", "virsh", "--connect", "qemu:///system"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
