@@ -77,7 +77,7 @@ pub fn arguments(files: &Files) -> Vec<String> {
     let mut arguments: Vec<String> = [
         "-machine q35,kernel-irqchip=split,sata=off,vmport=off",
         "-accel tcg,thread=multi",
-        "-cpu EPYC-v4",
+        "-cpu EPYC-v4,check=off",
         // One processor: with two, QEMU 10 can free a memory map that the other one still uses when
         // a BAR moves ("iotlb_to_section: Assertion `section_index < d->map.sections_nb'").
         "-smp 1",

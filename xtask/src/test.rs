@@ -4,13 +4,13 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Result, ensure};
 
-use crate::lab::{self, Voice};
+use crate::lab::{self, Selection, Voice};
 use crate::{exec, progress};
 
 /// Runs all tests; the last line printed is `N passed, N failed`.
 pub(crate) fn run() -> Result<ExitCode> {
     let (unit_passed, unit_failed) = progress::step("running the crates' tests", unit_tests)?;
-    let summary = lab::play(&lab::suite()?, Voice::Steps)?;
+    let summary = lab::play(Selection::All, Voice::Steps)?;
     let scenarios = summary.passed + summary.failed;
     println!("{} tests of the crates, {scenarios} scenarios", unit_passed + unit_failed);
     println!("{} passed, {} failed", unit_passed + summary.passed, unit_failed + summary.failed);

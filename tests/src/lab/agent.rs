@@ -18,18 +18,23 @@ pub fn serve() -> Result<()> {
         Ok(hello) => lab.link.send(&hello)?,
         Err(error) => return lab.link.send(&FromLab::Broken { detail: format!("{error:#}") }),
     }
-    let found = Snapshot::take()?;
+    let mut found = Snapshot::take()?;
     while let Some(message) = lab.link.receive()? {
         let ToLab::Run { scenarios } = message else { bail!("unexpected message {message:?}") };
         for name in scenarios {
             lab.link.send(&FromLab::Begin { scenario: name.clone() })?;
             let start = Instant::now();
             let outcome = run(&mut lab, &name, &found);
-            lab.link.send(&FromLab::End {
-                scenario: name,
-                seconds: start.elapsed().as_secs_f64(),
-                failure: outcome.err().map(|error| format!("{error:#}")),
-            })?;
+            let seconds = start.elapsed().as_secs_f64();
+            let failure = match outcome {
+                Ok(()) => None,
+                Err(error) => {
+                    // One failure is one: what it has left for good is where the next one starts.
+                    found = Snapshot::take()?;
+                    Some(format!("{error:#}\n{}", journal(seconds)?))
+                }
+            };
+            lab.link.send(&FromLab::End { scenario: name, seconds, failure })?;
         }
         lab.link.send(&FromLab::Done)?;
     }
@@ -48,6 +53,13 @@ fn prepare() -> Result<FromLab> {
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim_end().to_owned(),
         uptime: uptime.split(' ').next().unwrap_or_default().parse()?,
     })
+}
+
+/// What the daemon logged in the last seconds.
+fn journal(seconds: f64) -> Result<String> {
+    let since = format!("--since=-{}s", seconds.ceil());
+    let log = command::run(["journalctl", "--unit=vfiod", "--no-pager", "--output=cat", &since])?;
+    Ok(format!("--- the daemon's journal\n{}", log.success()?))
 }
 
 fn run(lab: &mut Lab, name: &str, found: &Snapshot) -> Result<()> {

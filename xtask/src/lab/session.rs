@@ -57,8 +57,8 @@ impl Session {
     }
 
     /// Runs scenarios and tells of them on standard output.
-    pub(super) fn play(&mut self, names: &[String], voice: Voice) -> Result<Summary> {
-        self.send(&ToLab::Run { scenarios: names.to_owned() })?;
+    pub(super) fn play(mut self, names: Vec<String>, voice: Voice) -> Result<Summary> {
+        self.send(&ToLab::Run { scenarios: names })?;
         let mut summary = Summary::default();
         loop {
             match self.receive()? {

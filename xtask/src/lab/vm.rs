@@ -15,7 +15,8 @@ use nix::sched::{CloneFlags, unshare};
 use vfiod_tests::machine::{self, Files};
 
 use super::image::{Image, make_disk};
-use super::{cache, qmp::Qmp};
+use super::qmp::Qmp;
+use crate::exec;
 
 /// Where the run's files are for QEMU, below the lab's root file system.
 const FILES: Files = Files {
@@ -63,7 +64,7 @@ impl Vm {
         enter_namespace(image)?;
         make_payload(&inside(&tree, FILES.payload), payload)?;
 
-        let log = cache::directory()?.join("console.log");
+        let log = exec::target()?.join("lab-console.log");
         let mut qemu = qemu(&tree, console, &log)?;
         let agent = connect(&mut qemu, &inside(&tree, FILES.agent), &log)?;
         let qmp = Qmp::new(connect(&mut qemu, &inside(&tree, FILES.qmp), &log)?)?;
