@@ -45,7 +45,8 @@ fn pages(command: &clap::Command, directory: &Path) -> io::Result<()> {
     for inner in command.get_subcommands().filter(|inner| !inner.is_hide_set()) {
         pages(inner, directory)?;
     }
-    let man = Man::new(command.clone()).manual("vfiod");
+    let source = concat!("vfiod ", env!("CARGO_PKG_VERSION"));
+    let man = Man::new(command.clone()).source(source).manual("vfiod");
     let mut file = File::create(directory.join(man.get_filename()))?;
     man.render_title(&mut file)?;
     man.render_name_section(&mut file)?;
