@@ -77,6 +77,15 @@ impl Inventory {
         }
     }
 
+    /// Looks whether the generic VFIO driver is registered by now. Loading a module is no event of
+    /// any function.
+    pub fn refresh_vfio(&mut self, host: &HostRoot) -> Result<(), Error> {
+        if self.vfio_pci != DriverSource::Registered {
+            self.vfio_pci = DriverSource::of(host, "vfio-pci")?;
+        }
+        Ok(())
+    }
+
     /// A device that was not there at the first scan may have a name not looked up yet.
     fn learn_name(&mut self, host: &HostRoot, function: &Function) {
         if self.names.knows(&key(function)) {

@@ -150,7 +150,7 @@ impl Broker {
     /// What attaching would do, or why it would not.
     pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
         let request = self.request(names, options)?;
-        self.refresh_around(&request);
+        self.refresh_around(&request)?;
         let uses = protection::uses(&self.host)?;
         let data = self.data();
         let planned = plan_within(&data, &request, uses);
@@ -171,7 +171,7 @@ impl Broker {
         owner: u32,
     ) -> Result<Lease, Failure> {
         let request = self.request(names, options)?;
-        self.refresh_around(&request);
+        self.refresh_around(&request)?;
         let uses = protection::uses(&self.host)?;
         let mut lease = {
             let mut data = self.data();
@@ -485,7 +485,7 @@ impl Broker {
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
-    fn refresh_around(&self, request: &Request) {
+    fn refresh_around(&self, request: &Request) -> Result<(), Error> {
         let inventory = self.inventory();
         let mut addresses: BTreeSet<PciAddress> = request.devices.iter().copied().collect();
         for device in &request.devices {
@@ -494,6 +494,7 @@ impl Broker {
         }
         drop(inventory);
         self.refresh(addresses);
+        Arc::make_mut(&mut self.data().inventory).refresh_vfio(&self.host)
     }
 
     fn request(&self, names: &[String], options: &AttachOptions) -> Result<Request, Failure> {

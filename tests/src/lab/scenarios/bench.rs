@@ -92,12 +92,13 @@ fn each_a_process(lab: &mut Lab, vf: &str) -> Result<()> {
         ours.push(cycle(&attach, &["vfioctl", "release", vf])?);
         let detach = ["virsh", "nodedev-detach", &node];
         virsh.push(cycle(&detach, &["virsh", "nodedev-reattach", &node])?);
-        let set = ["driverctl", "--nosave", "set-override", vf, "vfio-pci"];
-        driverctl.push(cycle(&set, &["driverctl", "--nosave", "unset-override", vf])?);
-        // driverctl leaves it to whatever driver matches.
-        if sysfs::driver(vf).is_some() {
-            sysfs::write(vf, "driver/unbind", vf)?;
-        }
+        driverctl.push(timed(|| {
+            command::run(["driverctl", "--nosave", "set-override", vf, "vfio-pci"])?.success()?;
+            // It complains that no host driver takes the function then, as none did before.
+            command::run(["driverctl", "--nosave", "unset-override", vf])?;
+            ensure!(sysfs::driver(vf).is_none() && sysfs::driver_override(vf)?.is_none());
+            Ok(())
+        })?);
     }
     let mut row = row("cli-attach-release", "ms", &ours);
     row.peer_ratios = peers(&row, [("virsh", &virsh), ("driverctl", &driverctl)]);
