@@ -1,12 +1,13 @@
-//! The simulated kernel as a FUSE file system. Waits where a kernel would make its callers wait;
-//! decides nothing of what a host is or does.
+//! The simulated kernel as a FUSE file system: translates, and decides nothing of what a host is or
+//! does.
 //!
-//! Nothing that can change is cached by the real kernel, so what one process writes the next one
-//! reads. Each write runs on a thread of its own, as in a kernel it runs on its writer's.
+//! The real kernel caches nothing that can change, so what one process writes the next one reads.
+//! Each write runs on a thread of its own, as in a kernel it runs on its writer's.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
@@ -16,77 +17,23 @@ use fuser::{
 };
 
 use super::inodes::Inodes;
-use super::kernel::{Kernel, Stop};
+use super::kernel::Stop;
 use super::open::Opener;
 use super::tree::Entry;
-
-/// A kernel and those who wait for it.
-#[derive(Debug)]
-pub(super) struct Shared {
-    kernel: Mutex<State>,
-    /// Something was closed, or the simulation ends.
-    changed: Condvar,
-}
-
-#[derive(Debug)]
-struct State {
-    kernel: Kernel,
-    ended: bool,
-}
-
-impl Shared {
-    pub(super) fn new(kernel: Kernel) -> Self {
-        let state = State { kernel, ended: false };
-        Self { kernel: Mutex::new(state), changed: Condvar::new() }
-    }
-
-    pub(super) fn with<T>(&self, act: impl FnOnce(&mut Kernel) -> T) -> T {
-        act(&mut self.lock().kernel)
-    }
-
-    /// Lets go all who wait, with an error, and everyone who would from now on.
-    pub(super) fn end(&self) {
-        self.lock().ended = true;
-        self.changed.notify_all();
-    }
-
-    /// A test that panics while it looks at the kernel leaves it as it was.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.kernel.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Does something for as long as it sleeps.
-    fn call<T>(&self, mut act: impl FnMut(&mut Kernel) -> Result<T, Stop>) -> Result<T, Errno> {
-        let mut state = self.lock();
-        loop {
-            match act(&mut state.kernel) {
-                Ok(done) => return Ok(done),
-                Err(Stop::Errno(errno)) => return Err(errno_of(errno)),
-                Err(Stop::Held(_)) if !state.ended => state = self.wait(state),
-                Err(Stop::Forever) => {
-                    while !state.ended {
-                        state = self.wait(state);
-                    }
-                    return Err(Errno::EIO);
-                }
-                Err(Stop::Held(_)) => return Err(Errno::EIO),
-            }
-        }
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn errno_of(errno: nix::errno::Errno) -> Errno {
-    Errno::from_i32(errno as i32)
-}
+use super::waiting::Shared;
 
 /// The file system.
 pub(super) struct Glue {
     shared: Arc<Shared>,
     inodes: Mutex<Inodes>,
+    listings: Mutex<Listings>,
+}
+
+/// Open directories by handle.
+#[derive(Default)]
+struct Listings {
+    open: BTreeMap<u64, Vec<(String, FileType)>>,
+    last: u64,
 }
 
 impl fmt::Debug for Glue {
@@ -97,12 +44,15 @@ impl fmt::Debug for Glue {
 
 /// The size of every attribute of sysfs, whatever it holds.
 const PAGE: u64 = 4096;
-/// For how long the real kernel may believe what it was told.
+/// How long the real kernel may believe that something is there, if it can come and go.
 const NO_TIME: Duration = Duration::ZERO;
+/// How long it may believe what never changes: the directories every host has, and everywhere the
+/// kind and mode of what is there.
+const ALWAYS: Duration = Duration::from_secs(1 << 30);
 
 impl Glue {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, inodes: Mutex::new(Inodes::default()) }
+        Self { shared, inodes: Mutex::default(), listings: Mutex::default() }
     }
 
     fn inodes(&self) -> MutexGuard<'_, Inodes> {
@@ -120,27 +70,24 @@ impl Glue {
         Ok((path, entry))
     }
 
-    fn list(&self, number: INodeNo, offset: u64, reply: &mut ReplyDirectory) -> Result<(), Errno> {
+    /// What is in a directory when it is opened, so that changes while it is read neither hide nor
+    /// repeat anything.
+    fn list(&self, number: INodeNo) -> Result<Vec<(String, FileType)>, Errno> {
         let path = self.path(number)?;
-        let names = self.shared.with(|kernel| kernel.names(&path)).ok_or(Errno::ENOENT)?;
-        let dots = [".", ".."].map(str::to_owned);
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (name, next) in dots.into_iter().chain(names).zip(1..).skip(from) {
-            // The kernel asks for the type itself when it looks a name up.
-            if reply.add(INodeNo(u64::MAX), next, FileType::RegularFile, name) {
-                break;
-            }
-        }
-        Ok(())
+        let below = |name: &str| {
+            if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") }
+        };
+        self.shared.with(|kernel| {
+            let names = kernel.names(&path).ok_or(Errno::ENOENT)?;
+            let kind = |name: String| Some((kind(&kernel.entry(&below(&name))?), name));
+            let listed = names.into_iter().filter_map(kind).map(|(kind, name)| (name, kind));
+            let dots = [".", ".."].map(|name| (name.to_owned(), FileType::Directory));
+            Ok(dots.into_iter().chain(listed).collect())
+        })
     }
 
-    fn read_at(&self, request: &Request, number: INodeNo) -> Result<Vec<u8>, Errno> {
-        let path = self.path(number)?;
-        let mut bytes = self.shared.call(|kernel| kernel.read(&path))?;
-        if request.uid() != 0 && path.ends_with("/config") {
-            bytes.truncate(64);
-        }
-        Ok(bytes)
+    fn listings(&self) -> MutexGuard<'_, Listings> {
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn open_at(&self, request: &Request, number: INodeNo, flags: OpenFlags) -> Result<u64, Errno> {
@@ -150,7 +97,7 @@ impl Glue {
             Entry::File(mode) => mode,
             Entry::Node => {
                 let opener = opener(request.pid());
-                return self.shared.with(|kernel| kernel.open(&path, opener)).map_err(errno_of);
+                return self.shared.with(|kernel| kernel.open(&path, opener)).map_err(fuse_errno);
             }
         };
         // `kernfs_fop_open` holds even the superuser to what a file is for.
@@ -163,6 +110,10 @@ impl Glue {
     }
 }
 
+fn fuse_errno(errno: nix::errno::Errno) -> Errno {
+    Errno::from_i32(errno as i32)
+}
+
 /// The process of a thread. Both are of this machine, where whoever opens a node runs.
 fn opener(thread: u32) -> Opener {
     let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
@@ -173,12 +124,20 @@ fn opener(thread: u32) -> Opener {
     Opener { pid: field("Tgid").parse().unwrap_or(thread), command: field("Name") }
 }
 
+fn kind(entry: &Entry) -> FileType {
+    match entry {
+        Entry::Directory => FileType::Directory,
+        Entry::Link(_) => FileType::Symlink,
+        Entry::File(_) | Entry::Node => FileType::RegularFile,
+    }
+}
+
 fn attributes(number: u64, entry: &Entry) -> FileAttr {
-    let (kind, perm, size) = match entry {
-        Entry::Directory => (FileType::Directory, 0o755, 0),
-        Entry::Link(target) => (FileType::Symlink, 0o777, target.len() as u64),
-        Entry::File(mode) => (FileType::RegularFile, *mode, PAGE),
-        Entry::Node => (FileType::RegularFile, 0o600, PAGE),
+    let (perm, size) = match entry {
+        Entry::Directory => (0o755, 0),
+        Entry::Link(target) => (0o777, target.len() as u64),
+        Entry::File(mode) => (*mode, PAGE),
+        Entry::Node => (0o600, PAGE),
     };
     FileAttr {
         ino: INodeNo(number),
@@ -188,7 +147,7 @@ fn attributes(number: u64, entry: &Entry) -> FileAttr {
         mtime: UNIX_EPOCH,
         ctime: UNIX_EPOCH,
         crtime: UNIX_EPOCH,
-        kind,
+        kind: kind(entry),
         perm,
         nlink: 1,
         uid: 0,
@@ -203,13 +162,15 @@ impl Filesystem for Glue {
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let found = (|| {
             let path = self.inodes().child(parent.0, name.to_str()?)?;
-            let entry = self.shared.with(|kernel| kernel.entry(&path))?;
+            let (entry, stays) =
+                self.shared.with(|kernel| Some((kernel.entry(&path)?, kernel.stays(&path))))?;
             let writable = matches!(entry, Entry::File(mode) if mode & 0o222 != 0);
-            Some((self.inodes().remember(path, writable), entry))
+            let number = self.inodes().remember(path, writable);
+            Some((attributes(number, &entry), if stays { ALWAYS } else { NO_TIME }))
         })();
         match found {
-            Some((number, entry)) => {
-                reply.entry(&NO_TIME, &attributes(number, &entry), Generation(0));
+            Some((found, there)) => {
+                reply.entry_with_ttls(&ALWAYS, &there, &found, Generation(0));
             }
             None => reply.error(Errno::ENOENT),
         }
@@ -221,7 +182,7 @@ impl Filesystem for Glue {
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.entry(number) {
-            Ok((_, entry)) => reply.attr(&NO_TIME, &attributes(number.0, &entry)),
+            Ok((_, entry)) => reply.attr(&ALWAYS, &attributes(number.0, &entry)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -274,8 +235,7 @@ impl Filesystem for Glue {
         reply: ReplyEmpty,
     ) {
         if handle.0 != 0 {
-            self.shared.with(|kernel| kernel.close(handle.0));
-            self.shared.changed.notify_all();
+            self.shared.closed(handle.0);
         }
         reply.ok();
     }
@@ -291,13 +251,28 @@ impl Filesystem for Glue {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.read_at(request, number) {
-            Ok(bytes) => {
+        let path = match self.path(number) {
+            Ok(path) => path,
+            Err(errno) => return reply.error(errno),
+        };
+        match self.shared.with(|kernel| kernel.read(&path)) {
+            Ok(mut bytes) => {
+                if request.uid() != 0 && path.ends_with("/config") {
+                    bytes.truncate(64);
+                }
                 let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 let to = from.saturating_add(size as usize).min(bytes.len());
                 reply.data(&bytes[from..to]);
             }
-            Err(errno) => reply.error(errno),
+            Err(Stop::Errno(errno)) => reply.error(fuse_errno(errno)),
+            // Reads hardly ever sleep, and get a thread of their own when they do.
+            Err(Stop::Held(_) | Stop::Forever) => {
+                let shared = self.shared.clone();
+                std::thread::spawn(move || {
+                    shared.until_the_end();
+                    reply.error(Errno::EIO);
+                });
+            }
         }
     }
 
@@ -323,21 +298,52 @@ impl Filesystem for Glue {
                 std::thread::sleep(pause);
                 reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX));
             }
-            Err(errno) => reply.error(errno),
+            Err(errno) => reply.error(fuse_errno(errno)),
         });
+    }
+
+    fn opendir(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        match self.list(number) {
+            Ok(names) => {
+                let mut listings = self.listings();
+                listings.last += 1;
+                let handle = listings.last;
+                listings.open.insert(handle, names);
+                reply.opened(FileHandle(handle), FopenFlags::empty());
+            }
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn readdir(
         &self,
         _: &Request,
-        number: INodeNo,
-        _: FileHandle,
+        _: INodeNo,
+        handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        match self.list(number, offset, &mut reply) {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        let listings = self.listings();
+        let names = listings.open.get(&handle.0).into_iter().flatten();
+        for ((name, kind), next) in names.zip(1..).skip(from) {
+            // Numbers are given by lookups; none is known here.
+            if reply.add(INodeNo(u64::MAX), next, *kind, name) {
+                break;
+            }
         }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.listings().open.remove(&handle.0);
+        reply.ok();
     }
 }

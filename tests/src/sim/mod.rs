@@ -20,6 +20,7 @@ mod sriov;
 mod store;
 mod text;
 mod tree;
+mod waiting;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use fuser::{BackgroundSession, Config, MountOption, SessionACL};
 use libvfio::address::PciAddress;
+use libvfio::host::HostRoot;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
@@ -47,7 +49,7 @@ pub use tree::Entry;
 /// waits for the simulated kernel then gets an error.
 #[derive(Debug)]
 pub struct Sim {
-    shared: Arc<fs::Shared>,
+    shared: Arc<waiting::Shared>,
     root: PathBuf,
     /// Removed after unmounting, if it is ours.
     _directory: Option<TempDir>,
@@ -68,7 +70,7 @@ impl Sim {
     }
 
     fn start(host: &Described, root: PathBuf, directory: Option<TempDir>) -> anyhow::Result<Self> {
-        let shared = Arc::new(fs::Shared::new(Kernel::boot(host)));
+        let shared = Arc::new(waiting::Shared::new(Kernel::boot(host)));
         let mut config = Config::default();
         config.mount_options =
             vec![MountOption::FSName(host.name.clone()), MountOption::DefaultPermissions];
@@ -82,6 +84,16 @@ impl Sim {
     /// Where the host's `/` is.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The host, as the library takes it.
+    pub fn host(&self) -> HostRoot {
+        HostRoot::new(&self.root)
+    }
+
+    /// The directory of a function in sysfs.
+    pub fn function(&self, address: PciAddress) -> PathBuf {
+        self.root.join(format!("sys/bus/pci/devices/{address}"))
     }
 
     /// Makes something go wrong.

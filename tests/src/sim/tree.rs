@@ -84,6 +84,11 @@ impl Kernel {
         }
     }
 
+    /// Whether what is at a path was there from the start and will never go.
+    pub(super) fn stays(&self, path: &str) -> bool {
+        self.files.names(path).is_some() || self.files.text(path).is_some()
+    }
+
     /// The names in a directory; `None` if there is no such directory.
     pub fn names(&self, path: &str) -> Option<Vec<String>> {
         if let Some((address, device, rest)) = self.device_at(path) {
@@ -162,7 +167,9 @@ impl Kernel {
                 }
             }
         }
-        self.shown(path).ok_or(Stop::Errno(Errno::ENODEV))
+        // VFIO's nodes have no read of their own; what else is not there was when it was opened.
+        let node = self.entry(path) == Some(Entry::Node);
+        self.shown(path).ok_or(Stop::Errno(if node { Errno::EINVAL } else { Errno::ENODEV }))
     }
 
     fn shown(&self, path: &str) -> Option<Vec<u8>> {
