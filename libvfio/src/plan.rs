@@ -144,6 +144,14 @@ pub fn attach(
     }
 }
 
+/// What brings a driver that this kernel was built or packaged without.
+pub(crate) fn full_modules(option: &str) -> String {
+    format!(
+        "install the package with the kernel's full modules (linux-image-amd64, not -cloud; \
+         linux-modules-extra on Ubuntu) or build with {option}=m"
+    )
+}
+
 /// What a request touches.
 struct Members<'a> {
     /// Functions that change hands.
@@ -232,9 +240,7 @@ fn refuse_function(
             ErrorKind::Unsupported,
             "no-vfio-pci",
             "needs the vfio-pci driver, which this kernel does not have".into(),
-            "install the package with the kernel's full modules (linux-image-amd64, not -cloud; \
-             linux-modules-extra on Ubuntu) or build with CONFIG_VFIO_PCI=m"
-                .into(),
+            full_modules("CONFIG_VFIO_PCI"),
         ));
     }
     if function.on_vfio() && !request.adopt {

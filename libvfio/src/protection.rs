@@ -1,7 +1,7 @@
 //! What the host does with its devices: storage in use and network interfaces in use.
 //! Reads sysfs and procfs through [`crate::host`]; never writes.
 
-use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::address::PciAddress;
 use crate::error::Error;
@@ -72,15 +72,37 @@ pub fn uses(host: &HostRoot) -> Result<Vec<Use>, Error> {
     Ok(uses)
 }
 
-/// Members of a sysfs class that hang below a PCI function, with the function nearest to them.
-fn class_members(host: &HostRoot, class: &str) -> Result<BTreeMap<String, PciAddress>, Error> {
+/// Members of a sysfs class and the PCI function each hangs below; one with several paths has
+/// several.
+fn class_members(host: &HostRoot, class: &str) -> Result<Vec<(String, PciAddress)>, Error> {
     let dir = host.sys("class").sub(class);
-    let owner = |name: &String| {
-        let target = dir.link(name)?;
-        let nearest = target.iter().rev().find_map(|part| part.to_str()?.parse().ok())?;
-        Some((name.clone(), nearest))
-    };
-    Ok(dir.list()?.iter().filter_map(owner).collect())
+    let mut members = Vec::new();
+    for name in dir.list()? {
+        let Some(target) = dir.link(&name) else { continue };
+        let owners = match nearest_function(&target) {
+            Some(function) => vec![function],
+            None => multipath_functions(host, &target)?,
+        };
+        members.extend(owners.into_iter().map(|owner| (name.clone(), owner)));
+    }
+    Ok(members)
+}
+
+fn nearest_function(path: &Path) -> Option<PciAddress> {
+    path.iter().rev().find_map(|part| part.to_str()?.parse().ok())
+}
+
+/// Namespaces of NVMe disks that may have several paths hang below a subsystem instead of a function; the
+/// subsystem links to its controllers (`drivers/nvme/host/multipath.c`).
+fn multipath_functions(host: &HostRoot, disk: &Path) -> Result<Vec<PciAddress>, Error> {
+    let subsystem = disk
+        .iter()
+        .filter_map(|part| part.to_str())
+        .find(|part| part.strip_prefix("nvme-subsys").is_some_and(|n| n.parse::<u32>().is_ok()));
+    let Some(subsystem) = subsystem else { return Ok(Vec::new()) };
+    let dir = host.sys("class/nvme-subsystem").sub(subsystem);
+    let links = dir.list()?.into_iter().filter_map(|name| dir.link(&name));
+    Ok(links.filter_map(|target| nearest_function(&target)).collect())
 }
 
 /// Mount points of a block device in `/proc/self/mountinfo` (proc(5)), by device number or, for
@@ -130,6 +152,37 @@ mod tests {
         assert_eq!(mounted_at(info, "259:2", "nvme0n1p2"), ["/"]);
         assert_eq!(mounted_at(info, "259:9", "nvme1n1"), ["/data"]);
         assert!(mounted_at(info, "8:0", "sda").is_empty());
+    }
+
+    #[test]
+    fn a_disk_with_several_paths_is_found_below_each_controller() {
+        let dir = tempfile::tempdir().unwrap();
+        let sys = dir.path().join("sys");
+        let link = |at: &str, to: &str| {
+            let at = sys.join(at);
+            std::fs::create_dir_all(at.parent().unwrap()).unwrap();
+            std::os::unix::fs::symlink(to, at).unwrap();
+        };
+        link("class/block/nvme0n1", "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1");
+        link(
+            "class/nvme-subsystem/nvme-subsys0/nvme0",
+            "../../../pci0000:00/0000:02:00.0/nvme/nvme0",
+        );
+        link(
+            "class/nvme-subsystem/nvme-subsys0/nvme1",
+            "../../../pci0000:00/0000:03:00.0/nvme/nvme1",
+        );
+        link("class/nvme-subsystem/nvme-subsys0/subsystem", "../../../../class/nvme-subsystem");
+        std::fs::create_dir_all(dir.path().join("proc/self")).unwrap();
+        std::fs::write(
+            dir.path().join("proc/self/mountinfo"),
+            "25 1 259:2 / / rw shared:1 - ext4 /dev/nvme0n1 rw\n",
+        )
+        .unwrap();
+        let uses = uses(&HostRoot::new(dir.path())).unwrap();
+        let functions: Vec<String> = uses.iter().map(|u| u.function.to_string()).collect();
+        assert_eq!(functions, ["0000:02:00.0", "0000:03:00.0"]);
+        assert!(uses.iter().all(|u| u.protected));
     }
 
     #[test]

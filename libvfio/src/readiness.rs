@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::host::HostRoot;
 use crate::inventory::DriverSource;
 use crate::iommu::{CpuVendor, Isolation, Platform};
+use crate::plan::full_modules;
 use crate::{kvm, modalias};
 
 /// How much a finding matters.
@@ -190,13 +191,6 @@ fn vfio(host: &HostRoot) -> Finding {
         }
         Err(error) => unreadable(name, &error),
     }
-}
-
-fn full_modules(option: &str) -> String {
-    format!(
-        "install the package with the kernel's full modules (linux-image-amd64, not -cloud; \
-         linux-modules-extra on Ubuntu) or build with {option}=m"
-    )
 }
 
 fn vfio_pci(host: &HostRoot) -> Finding {

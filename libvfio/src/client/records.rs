@@ -151,6 +151,8 @@ pub struct StepRecord {
     pub text: String,
     /// `done` or `already-so`; absent while it has not been carried out.
     pub outcome: Option<String>,
+    /// The step that takes it back, in words; absent where nothing needs to be.
+    pub undo: Option<String>,
 }
 
 /// One reason for a refusal.
@@ -313,6 +315,7 @@ impl StepRecord {
             device: step.device().map(|device| device.to_string()),
             text: step.to_string(),
             outcome: outcome.map(str::to_owned),
+            undo: step.inverse().map(|step| step.to_string()),
         }
     }
 }

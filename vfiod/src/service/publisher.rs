@@ -76,6 +76,9 @@ impl Publisher {
                 if self.caller.broker.lease(&id).is_none() {
                     server.remove::<LeaseObject, _>(path).await?;
                 } else {
+                    // A lease that failed before it was active has no object yet.
+                    let object = LeaseObject::new(self.caller.clone(), id.clone());
+                    server.at(path.as_str(), object).await?;
                     let object: InterfaceRef<LeaseObject> = server.interface(path).await?;
                     let emitter = object.signal_emitter();
                     object.get().await.state_changed(emitter).await?;

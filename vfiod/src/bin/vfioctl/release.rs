@@ -4,7 +4,7 @@ use std::fmt;
 use std::process::ExitCode;
 
 use libvfio::address::PciAddress;
-use libvfio::client::{LeaseRecord, Options, StepRecord, device_path};
+use libvfio::client::{LeaseRecord, Options, device_path};
 use serde_json::Value;
 
 use crate::args::ReleaseArgs;
@@ -91,7 +91,7 @@ fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> bool {
         || device.is_some() && lease.devices.iter().any(|has| path(has).as_deref() == device)
 }
 
-/// What was done for a lease, last first, which is the order of the way back.
+/// The way back of a lease: what takes back each thing done, last first.
 struct WayBack<'a> {
     lease: &'a LeaseRecord,
     reset: bool,
@@ -108,29 +108,26 @@ impl fmt::Display for WayBack<'_> {
         if self.reset {
             writeln!(f, "  functions that can be reset by themselves would be reset")?;
         }
-        for (step, n) in steps.iter().rev().filter(|step| changed_a_device(step)).zip(1..) {
-            writeln!(f, "  {n}. take back: {}", step.text)?;
+        let done = steps.iter().rev().filter(|step| step.outcome.is_some());
+        for (undo, n) in done.filter_map(|step| step.undo.as_deref()).zip(1..) {
+            writeln!(f, "  {n}. {undo}")?;
         }
         Ok(())
     }
 }
 
-fn changed_a_device(step: &StepRecord) -> bool {
-    step.device.is_some() && step.outcome.is_some()
-}
-
 #[cfg(test)]
 mod tests {
+    use libvfio::client::StepRecord;
+
     use super::*;
 
     fn lease() -> LeaseRecord {
-        let step = |text: &str, device: Option<&str>, outcome: Option<&str>| StepRecord {
-            text: text.into(),
-            device: device.map(str::to_owned),
+        let step = |undo: Option<&str>, outcome: Option<&str>| StepRecord {
+            undo: undo.map(str::to_owned),
             outcome: outcome.map(str::to_owned),
             ..StepRecord::default()
         };
-        let device = Some("0000:03:00.0");
         LeaseRecord {
             id: "3f9a2c81".into(),
             tenant: "alice".into(),
@@ -138,10 +135,10 @@ mod tests {
             state: "active".into(),
             devices: vec!["0000:03:00.0".into()],
             steps: vec![
-                step("load module vfio-pci", None, Some("already-so")),
-                step("unbind it", device, Some("done")),
-                step("bind it", device, Some("done")),
-                step("never done", device, None),
+                step(None, Some("already-so")),
+                step(Some("bind it again"), Some("done")),
+                step(Some("unbind it again"), Some("done")),
+                step(Some("what was never done"), None),
             ],
             ..LeaseRecord::default()
         }
@@ -156,12 +153,12 @@ mod tests {
         assert_eq!(
             told(&lease(), false),
             "lease 3f9a2c81 of alice (active) would end: 0000:03:00.0\n\
-             \u{20} 1. take back: bind it\n\
-             \u{20} 2. take back: unbind it\n"
+             \u{20} 1. unbind it again\n\
+             \u{20} 2. bind it again\n"
         );
         assert!(told(&lease(), true).contains("would be reset"));
         let failed = LeaseRecord { state: "failed".into(), ..lease() };
-        assert!(!told(&failed, false).contains("take back"));
+        assert!(!told(&failed, false).contains("again"));
     }
 
     #[test]
