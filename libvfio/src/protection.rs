@@ -92,7 +92,7 @@ fn nearest_function(path: &Path) -> Option<PciAddress> {
     path.iter().rev().find_map(|part| part.to_str()?.parse().ok())
 }
 
-/// Namespaces of NVMe disks that may have several paths hang below a subsystem instead of a function; the
+/// NVMe namespaces that may have several paths hang below a subsystem instead of a function; the
 /// subsystem links to its controllers (`drivers/nvme/host/multipath.c`).
 fn multipath_functions(host: &HostRoot, disk: &Path) -> Result<Vec<PciAddress>, Error> {
     let subsystem = disk
