@@ -384,9 +384,9 @@ fn reset(host: &HostRoot, device: PciAddress) -> Done {
 }
 
 fn check_viable(host: &HostRoot, group: u32) -> Done {
-    match vfio::group_status(host, group) {
-        Ok(status) if status.viable => Ok(Outcome::Done),
-        Ok(_) => read_back(Some("a viable group"), Some("a member on a host driver")),
+    match vfio::group_viable(host, group) {
+        Ok(true) => Ok(Outcome::Done),
+        Ok(false) => read_back(Some("a viable group"), Some("a member on a host driver")),
         Err(Error::Io { source, .. }) => Err(Cause::Kernel(source)),
         Err(other) => Err(other.into()),
     }

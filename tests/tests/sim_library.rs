@@ -77,7 +77,7 @@ fn an_inventory_knows_what_was_described() {
     let sim = mount(HGX8);
     let inventory = Inventory::scan(&sim.host()).unwrap();
     let gpu = inventory.get(at("13:00.0")).unwrap();
-    assert_eq!(inventory.describe(gpu), "NVIDIA Corporation GH100[H100 SXM5 80GB]");
+    assert_eq!(inventory.describe(gpu), "NVIDIA Corporation GH100 [H100 SXM5 80GB]");
     assert_eq!(gpu.driver.as_deref(), Some("nvidia"));
     assert_eq!(gpu.numa_node, Some(0));
     assert_eq!(gpu.upstream, ["10:01.0", "11:00.0", "12:00.0"].map(at));

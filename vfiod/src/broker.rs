@@ -286,7 +286,7 @@ impl Broker {
             lease.devices.keys().filter_map(|address| inventory.get(*address)).collect();
         let groups: BTreeSet<u32> = functions.iter().filter_map(|f| f.iommu_group).collect();
         for group in groups {
-            let busy = matches!(vfio::group_status(&self.host, group),
+            let busy = matches!(vfio::group_viable(&self.host, group),
                 Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy);
             if busy {
                 let devices: Vec<&str> =

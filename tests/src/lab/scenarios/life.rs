@@ -5,9 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::lab::product::{busctl_attach, busctl_release, device, lease, vfioctl};
+use crate::lab::product::{busctl_attach, busctl_release, device, lease, vfioctl, vfioctl_json};
 use crate::lab::{Guest, Lab, command, sysfs, wait_until};
-use crate::machine::{self, GPU, GPU_AUDIO, SWITCH_NIC_A};
+use crate::machine::{self, GPU, GPU_AUDIO, NIC, SWITCH_NIC_A};
 
 /// Unplugging takes the guest's kernel some seconds.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
@@ -26,6 +26,39 @@ pub(super) fn restart(lab: &mut Lab) -> Result<()> {
     ensure!(busctl_release(&id)? == [id.as_str()]);
     ensure!(sysfs::driver(GPU.address).as_deref() != Some("vfio-pci"));
     lab.step("release by the restarted daemon gave the GPU back")
+}
+
+/// What the host's own tools see of a lease: journal, systemd, and the readiness check.
+pub(super) fn host(lab: &mut Lab) -> Result<()> {
+    let checked = vfioctl_json(["check"])?;
+    let findings = checked.as_array().context("findings are no array")?;
+    let fails = findings.iter().filter(|finding| finding["verdict"] == "fail");
+    ensure!(fails.count() == 0 && findings.len() > 8, "{checked}");
+    vfioctl(["check"])?.success()?;
+    lab.step(format!("vfioctl check made {} findings and found nothing wrong", findings.len()))?;
+
+    sysfs::write(NIC.address, "sriov_drivers_autoprobe", "0")?;
+    sysfs::write(NIC.address, "sriov_numvfs", "1")?;
+    let vf = sysfs::virtual_function(NIC.address, 0)?;
+    let id = busctl_attach(&vf, "tenant-a")?;
+    let group = sysfs::group(&vf).context("no group")?;
+    let unit = format!("dev-vfio-{group}.device");
+    let plugged = || {
+        let shown = command::run(["systemctl", "show", "--property=ActiveState", &unit])?;
+        Ok(shown.success()?.contains("=active"))
+    };
+    wait_until("the VFIO node is a device unit", UNPLUG_LIMIT, plugged)?;
+    lab.step(format!("{unit} is there for other units to bind to"))?;
+
+    vfioctl(["release", &vf, "--reset"])?.success()?;
+    let journal = command::run(["journalctl", "--output=cat", &format!("VFIOD_LEASE={id}")])?;
+    let journal = journal.success()?;
+    for words in ["attached", &format!("reset {vf}"), "released"] {
+        ensure!(journal.contains(words), "the journal does not say {words:?}:\n{journal}");
+    }
+    lab.step("the journal tells the lease's story by its id, the reset before release included")?;
+    sysfs::write(NIC.address, "sriov_numvfs", "0")?;
+    sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
 }
 
 /// A device goes and comes; a leased one takes its lease with it.

@@ -29,6 +29,7 @@ const SCENARIOS: &[(&str, &str, Scenario)] = &[
     ("unprivileged", "who may look and who may change", refusals::unprivileged),
     ("bad-input", "every wrong input has its answer", refusals::bad_input),
     ("restart", "the daemon restarts while a guest has its devices", life::restart),
+    ("host", "what journal, systemd and the readiness check see", life::host),
     ("hotplug", "devices go and come, leased and not", life::hotplug),
     ("demo", "the product at work, told as a story", demo::run),
     ("bench", "what it costs beside the kernel and its peers", bench::run),
