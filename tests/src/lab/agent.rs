@@ -58,7 +58,8 @@ fn prepare() -> Result<FromLab> {
 /// What the daemon logged in the last seconds.
 fn journal(seconds: f64) -> Result<String> {
     let since = format!("--since=-{}s", seconds.ceil());
-    let log = command::run(["journalctl", "--unit=vfiod", "--no-pager", "--output=cat", &since])?;
+    let log = ["journalctl", "--unit=vfiod", "--no-pager", "--output=cat", "--lines=60", &since];
+    let log = command::run(log)?;
     Ok(format!("--- the daemon's journal\n{}", log.success()?))
 }
 
