@@ -106,3 +106,62 @@ fn read(path: &Path) -> Result<Lease, String> {
     }
     Ok(lease)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::State;
+
+    fn lease(id: &str, created: u64) -> Lease {
+        Lease {
+            id: id.to_owned(),
+            tenant: "alice".to_owned(),
+            vm: None,
+            owner: 0,
+            created,
+            state: State::Active,
+            reason: None,
+            devices: std::collections::BTreeMap::new(),
+            forward: Vec::new(),
+            backward: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_oldest_first_and_removed_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path().join("leases")).unwrap();
+        let (old, new) = (lease("00000002", 1), lease("00000001", 2));
+        ledger.write(&new).unwrap();
+        ledger.write(&old).unwrap();
+        let (leases, aside) = ledger.load().unwrap();
+        assert_eq!(leases, [old, new]);
+        assert!(aside.is_empty());
+        ledger.remove("00000001").unwrap();
+        ledger.remove("00000001").unwrap();
+        assert_eq!(ledger.load().unwrap().0.len(), 1);
+    }
+
+    #[test]
+    fn what_is_no_lease_is_set_aside_and_never_in_the_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(dir.path()).unwrap();
+        ledger.write(&lease("0000000a", 1)).unwrap();
+        let whole = fs::read_to_string(dir.path().join("0000000a.json")).unwrap();
+        let put = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        put("0000000b.json", &whole);
+        put("0000000c.json", &whole[..whole.len() / 2]);
+        put("0000000d.json", "");
+        put("0000000e.json", &whole.replace("\"form\":1", "\"form\":2"));
+        put("0000000f.new", &whole);
+        put("README", "not ours");
+        let (leases, aside) = ledger.load().unwrap();
+        assert_eq!(leases.len(), 1);
+        assert_eq!(aside.len(), 4);
+        let (again, aside) = ledger.load().unwrap();
+        assert_eq!((again.len(), aside.len()), (1, 0));
+        assert!(dir.path().join("0000000c.unreadable").exists());
+        assert!(!dir.path().join("0000000f.new").exists());
+        assert!(dir.path().join("README").exists());
+    }
+}

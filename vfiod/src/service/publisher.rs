@@ -13,7 +13,7 @@ use super::device::DeviceObject;
 use super::group::GroupObject;
 use super::lease::LeaseObject;
 use super::manager::{ManagerObject, ManagerObjectSignals};
-use crate::broker::Change;
+use crate::broker::{Change, Property};
 
 /// Runs until the broker is gone.
 pub(super) async fn run(
@@ -54,15 +54,22 @@ impl Publisher {
                 server.remove::<DeviceObject, _>(device_path(address)).await?;
                 self.manager().await?.device_removed(&address.to_string()).await?;
             }
-            Change::DeviceChanged(address) => {
+            Change::DeviceChanged(address, properties) => {
                 let object: InterfaceRef<DeviceObject> =
                     server.interface(device_path(address)).await?;
                 let emitter = object.signal_emitter();
                 let device = object.get().await;
-                device.driver_changed(emitter).await?;
-                device.driver_override_changed(emitter).await?;
-                device.lease_changed(emitter).await?;
-                device.enabled_virtual_functions_changed(emitter).await?;
+                for property in properties {
+                    match property {
+                        Property::Driver => device.driver_changed(emitter).await?,
+                        Property::DriverOverride => device.driver_override_changed(emitter).await?,
+                        Property::IommuGroup => device.iommu_group_changed(emitter).await?,
+                        Property::EnabledVirtualFunctions => {
+                            device.enabled_virtual_functions_changed(emitter).await?;
+                        }
+                        Property::Lease => device.lease_changed(emitter).await?,
+                    }
+                }
                 self.manager().await?.device_changed(&address.to_string()).await?;
             }
             Change::GroupsChanged => self.regroup().await?,
