@@ -19,17 +19,34 @@ use crate::ledger::Ledger;
 use crate::service::Service;
 use crate::uevent::{Hint, Uevents};
 
-/// The owner of PCI device assignment on this host.
+/// What is below the options in `--help` and in the manual page.
+const MORE: &str = "\
+Files:
+  /run/vfiod/leases/ID.json   a lease; what is none is set aside as *.unreadable
+
+Environment:
+  VFIOD_LOG   what to log: error, warn, info (the default), debug, or tracing's filters
+
+Signals:
+  SIGTERM, SIGINT   end; leases stay as they are, and so do their devices
+
+See also:
+  vfioctl(1), busctl(1)";
+
+/// The owner of PCI device assignment on this host
+///
+/// Serves org.vfiod1 on the system bus: brings whole IOMMU groups to VFIO for a tenant, remembers
+/// who has what, and gives every function back to the driver it had. systemd starts it.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, after_help = MORE)]
 pub struct Args {
-    /// Where the host's sys, proc, dev and lib/modules are.
+    /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
-    /// Where leases are kept through restarts.
+    /// Where leases are kept through restarts
     #[arg(long, value_name = "DIR", default_value = "/run/vfiod/leases")]
     leases: PathBuf,
-    /// The bus to serve on, as a D-Bus address, instead of the system bus.
+    /// The bus to serve on, as a D-Bus address, instead of the system bus
     #[arg(long, value_name = "ADDRESS")]
     bus: Option<String>,
 }

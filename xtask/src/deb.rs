@@ -95,10 +95,12 @@ pub(crate) fn lint(package: &Path) -> Result<()> {
 /// What vfioctl says of itself: manual pages and completion scripts.
 fn stage_generated(stage: &Path) -> Result<()> {
     let vfioctl = stage.join("usr/bin/vfioctl");
-    let pages = stage.join("usr/share/man/man1");
+    let pages = stage.join("usr/share/man");
     exec::quiet(Command::new(&vfioctl).args(["generate", "man"]).arg(&pages))?;
-    for page in fs::read_dir(&pages)? {
-        compress(&page?.path())?;
+    for section in fs::read_dir(&pages)? {
+        for page in fs::read_dir(section?.path())? {
+            compress(&page?.path())?;
+        }
     }
     let scripts = stage.with_extension("completions");
     exec::quiet(Command::new(&vfioctl).args(["generate", "completions"]).arg(&scripts))?;

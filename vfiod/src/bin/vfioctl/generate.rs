@@ -10,6 +10,8 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
 
+use vfiod::daemon::Args;
+
 use crate::args::{Cli, Generated};
 use crate::output::print;
 use crate::trouble::Trouble;
@@ -25,10 +27,13 @@ pub(crate) fn completion(shell: Shell) -> Result<(), Trouble> {
 pub(crate) fn files(what: &Generated) -> Result<(), Trouble> {
     match what {
         Generated::Man { directory } => {
-            fs::create_dir_all(directory)?;
+            let (users, administrators) = (directory.join("man1"), directory.join("man8"));
+            fs::create_dir_all(&users)?;
+            fs::create_dir_all(&administrators)?;
             let mut command = Cli::command();
             command.build();
-            pages(&command, directory)?;
+            pages(&command, "1", &users)?;
+            pages(&Args::command(), "8", &administrators)?;
         }
         Generated::Completions { directory } => {
             fs::create_dir_all(directory)?;
@@ -41,12 +46,12 @@ pub(crate) fn files(what: &Generated) -> Result<(), Trouble> {
 }
 
 /// The page of a command and those of its own commands.
-fn pages(command: &clap::Command, directory: &Path) -> io::Result<()> {
+fn pages(command: &clap::Command, section: &str, directory: &Path) -> io::Result<()> {
     for inner in command.get_subcommands().filter(|inner| !inner.is_hide_set()) {
-        pages(inner, directory)?;
+        pages(inner, section, directory)?;
     }
     let source = concat!("vfiod ", env!("CARGO_PKG_VERSION"));
-    let man = Man::new(command.clone()).source(source).manual("vfiod");
+    let man = Man::new(command.clone()).section(section).source(source).manual("vfiod");
     let mut file = File::create(directory.join(man.get_filename()))?;
     man.render_title(&mut file)?;
     man.render_name_section(&mut file)?;
@@ -89,13 +94,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         files(&Generated::Man { directory: dir.path().into() }).unwrap();
         let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
-        let main = read("vfioctl.1");
+        let main = read("man1/vfioctl.1");
         assert!(main.contains(".SH \"EXIT STATUS\"\n"), "{main}");
         assert!(main.contains("\n69  vfiod is not running"), "{main}");
         for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
-            assert!(read(&format!("vfioctl-{}.1", command.get_name())).contains(".SH SYNOPSIS"));
+            assert!(
+                read(&format!("man1/vfioctl-{}.1", command.get_name())).contains(".SH SYNOPSIS")
+            );
         }
-        assert!(!dir.path().join("vfioctl-generate.1").exists());
+        assert!(!dir.path().join("man1/vfioctl-generate.1").exists());
+        let daemon = read("man8/vfiod.8");
+        assert!(daemon.contains(".TH vfiod 8") && daemon.contains(".SH FILES"), "{daemon}");
     }
 
     #[test]
