@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use sysfs_class::SysClass;
@@ -128,14 +129,20 @@ impl SysDir {
         }
     }
 
-    /// The bytes of a binary attribute; empty if the kernel does not offer it.
-    pub fn bytes(&self, name: &str) -> Result<Vec<u8>, Error> {
+    /// Opens a binary attribute that is read in parts; `None` if the kernel does not offer it.
+    pub fn open(&self, name: &str) -> Result<Option<fs::File>, Error> {
         let path = self.path.join(name);
-        match fs::read(&path) {
-            Ok(bytes) => Ok(bytes),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(e) => Err(Error::io("read", &path)(e)),
+        match fs::File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("open", &path)(e)),
         }
+    }
+
+    /// A number that another directory at the same path does not have: sysfs gives each new one a
+    /// new inode (`kernfs_new_node`, `fs/kernfs/dir.c`). `None` if there is no directory.
+    pub fn instance(&self) -> Option<u64> {
+        fs::metadata(&self.path).ok().map(|found| found.ino())
     }
 
     /// Where the symbolic link `name` points, as written; `None` if there is none.

@@ -2,7 +2,7 @@
 //! Reads through [`crate::host`]; never writes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::address::PciAddress;
 use crate::error::Error;
@@ -24,7 +24,20 @@ pub struct Inventory {
     pub vfio_pci: DriverSource,
     functions: BTreeMap<PciAddress, Arc<Function>>,
     groups: BTreeMap<u32, Group>,
-    names: Arc<Names>,
+    names: Arc<LazyNames>,
+}
+
+/// Names of vendors and devices, read when somebody first asks: the table is large.
+#[derive(Debug)]
+struct LazyNames {
+    host: HostRoot,
+    names: OnceLock<Names>,
+}
+
+impl LazyNames {
+    fn new(host: &HostRoot) -> Self {
+        Self { host: host.clone(), names: OnceLock::new() }
+    }
 }
 
 /// Where a driver would come from.
@@ -51,7 +64,7 @@ impl Inventory {
             platform: Platform::read(host)?,
             vfio_aliases: vfio_aliases(host)?,
             vfio_pci: DriverSource::of(host, "vfio-pci")?,
-            names: Arc::new(read_names(host, functions.values())?),
+            names: Arc::new(LazyNames::new(host)),
             groups: BTreeMap::new(),
             functions,
         };
@@ -68,9 +81,13 @@ impl Inventory {
         if let Some(number) = old.as_ref().and_then(|f| f.iommu_group) {
             leave(&mut self.groups, number, address);
         }
-        if let Some(new) = Function::read(host, address) {
+        let new = match &old {
+            Some(old) => old.reread(host),
+            None => Function::read(host, address),
+        };
+        if let Some(new) = new {
             if old.as_ref().is_none_or(|f| f.ids != new.ids) {
-                self.learn_name(host, &new);
+                self.forget_names(host);
             }
             join(&mut self.groups, new.iommu_group, address);
             self.functions.insert(address, Arc::new(new));
@@ -86,16 +103,9 @@ impl Inventory {
         Ok(())
     }
 
-    /// A device that was not there at the first scan may have a name not looked up yet.
-    fn learn_name(&mut self, host: &HostRoot, function: &Function) {
-        if self.names.knows(&key(function)) {
-            return;
-        }
-        let known: Vec<_> = self.functions.values().map(|f| key(f)).collect();
-        let wanted = known.into_iter().chain([key(function)]).collect();
-        if let Ok(names) = look_up(host, &wanted) {
-            self.names = Arc::new(names);
-        }
+    /// A device that was not there before may have a name not looked up yet.
+    fn forget_names(&mut self, host: &HostRoot) {
+        self.names = Arc::new(LazyNames::new(host));
     }
 
     /// The function at an address.
@@ -167,13 +177,15 @@ impl Inventory {
 
     /// Names of vendors, devices and classes, as far as the system's `pci.ids` has them.
     pub fn names(&self) -> &Names {
-        &self.names
+        let wanted = || self.functions.values().map(|f| key(f)).collect();
+        // Numbers serve where the table cannot be read.
+        self.names.names.get_or_init(|| look_up(&self.names.host, &wanted()).unwrap_or_default())
     }
 
     /// A line a person recognises the function by: names, or numbers where there are none.
     pub fn describe(&self, function: &Function) -> String {
         let hex = |id: Option<u16>| id.map_or_else(|| "????".to_owned(), |id| format!("{id:04x}"));
-        let names = self.names.of(&key(function));
+        let names = self.names().of(&key(function));
         let vendor = names.vendor.filter(|_| function.ids.vendor.is_some());
         match (vendor, names.device) {
             (Some(vendor), Some(device)) => format!("{vendor} {device}"),
@@ -276,13 +288,6 @@ fn key(function: &Function) -> ids::Key {
         subsystem_vendor: ids.subsystem_vendor.unwrap_or(0xffff),
         subsystem_device: ids.subsystem_device.unwrap_or(0xffff),
     }
-}
-
-fn read_names<'a>(
-    host: &HostRoot,
-    functions: impl Iterator<Item = &'a Arc<Function>>,
-) -> Result<Names, Error> {
-    look_up(host, &functions.map(|f| key(f)).collect())
 }
 
 /// Where distributions keep the table, in the order pciutils builds look for it.

@@ -1,6 +1,7 @@
 //! What the host does with its devices: storage in use and network interfaces in use.
 //! Reads sysfs and procfs through [`crate::host`]; never writes.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::address::PciAddress;
@@ -23,14 +24,23 @@ pub struct Use {
 /// Mount points without which a host does not run or does not boot again.
 const VITAL: [&str; 5] = ["/", "/boot", "/boot/efi", "/usr", "/var"];
 
-/// Finds what the host uses now.
-pub fn uses(host: &HostRoot) -> Result<Vec<Use>, Error> {
-    let disks = class_members(host, "block")?;
-    let interfaces = class_members(host, "net")?;
+/// Finds what the host uses these functions for now.
+pub fn uses(host: &HostRoot, functions: &BTreeSet<PciAddress>) -> Result<Vec<Use>, Error> {
+    let disks = class_members(host, "block", functions)?;
+    let interfaces = class_members(host, "net", functions)?;
+    let mut uses = storage(host, &disks)?;
+    uses.extend(network(host, &interfaces)?);
+    Ok(uses)
+}
+
+fn storage(host: &HostRoot, disks: &[(String, PciAddress)]) -> Result<Vec<Use>, Error> {
+    if disks.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut uses = Vec::new();
     let mounts = host.proc("self/mountinfo")?.unwrap_or_default();
     let swaps = host.proc("swaps")?.unwrap_or_default();
-    for (disk, function) in &disks {
+    for (disk, function) in disks {
         let number = host.sys(format!("class/block/{disk}")).attr("dev")?.unwrap_or_default();
         for point in mounted_at(&mounts, &number, disk) {
             uses.push(Use {
@@ -57,9 +67,17 @@ pub fn uses(host: &HostRoot) -> Result<Vec<Use>, Error> {
             protected: true,
         }));
     }
+    Ok(uses)
+}
+
+fn network(host: &HostRoot, interfaces: &[(String, PciAddress)]) -> Result<Vec<Use>, Error> {
+    if interfaces.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut uses = Vec::new();
     let routes = host.proc("net/route")?.unwrap_or_default();
     let routes6 = host.proc("net/ipv6_route")?.unwrap_or_default();
-    for (interface, function) in &interfaces {
+    for (interface, function) in interfaces {
         if carries_default_route(&routes, &routes6, interface) {
             uses.push(Use {
                 function: *function,
@@ -72,9 +90,13 @@ pub fn uses(host: &HostRoot) -> Result<Vec<Use>, Error> {
     Ok(uses)
 }
 
-/// Members of a sysfs class and the PCI function each hangs below; one with several paths has
-/// several.
-fn class_members(host: &HostRoot, class: &str) -> Result<Vec<(String, PciAddress)>, Error> {
+/// Members of a sysfs class that hang below one of these functions; one with several paths is
+/// there once for each.
+fn class_members(
+    host: &HostRoot,
+    class: &str,
+    functions: &BTreeSet<PciAddress>,
+) -> Result<Vec<(String, PciAddress)>, Error> {
     let dir = host.sys("class").sub(class);
     let mut members = Vec::new();
     for name in dir.list()? {
@@ -83,7 +105,8 @@ fn class_members(host: &HostRoot, class: &str) -> Result<Vec<(String, PciAddress
             Some(function) => vec![function],
             None => multipath_functions(host, &target)?,
         };
-        members.extend(owners.into_iter().map(|owner| (name.clone(), owner)));
+        let asked = owners.into_iter().filter(|owner| functions.contains(owner));
+        members.extend(asked.map(|owner| (name.clone(), owner)));
     }
     Ok(members)
 }
@@ -179,7 +202,8 @@ mod tests {
             "25 1 259:2 / / rw shared:1 - ext4 /dev/nvme0n1 rw\n",
         )
         .unwrap();
-        let uses = uses(&HostRoot::new(dir.path())).unwrap();
+        let both = ["02:00.0", "03:00.0", "04:00.0"].map(|a| a.parse().unwrap()).into();
+        let uses = uses(&HostRoot::new(dir.path()), &both).unwrap();
         let functions: Vec<String> = uses.iter().map(|u| u.function.to_string()).collect();
         assert_eq!(functions, ["0000:02:00.0", "0000:03:00.0"]);
         assert!(uses.iter().all(|u| u.protected));

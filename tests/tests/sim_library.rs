@@ -37,11 +37,16 @@ fn write(path: &Path, text: &str) -> Result<(), Errno> {
 
 fn attach(sim: &Sim, devices: &[&str]) -> Plan {
     let inventory = Inventory::scan(&sim.host()).unwrap();
-    let circumstances =
-        Circumstances { uses: protection::uses(&sim.host()).unwrap(), ..Circumstances::default() };
+    let circumstances = Circumstances { uses: uses(sim, &inventory), ..Circumstances::default() };
     let devices = devices.iter().map(|device| at(device)).collect();
     let request = Request { devices, ..Request::default() };
     plan::attach(&inventory, &circumstances, &request).unwrap()
+}
+
+/// What the host does with any of its functions.
+fn uses(sim: &Sim, inventory: &Inventory) -> Vec<protection::Use> {
+    let all = inventory.functions().map(|f| f.address).collect();
+    protection::uses(&sim.host(), &all).unwrap()
 }
 
 fn bindings(sim: &Sim) -> BTreeMap<PciAddress, Binding> {
@@ -215,15 +220,16 @@ fn a_vf_gets_its_variant_driver_and_comes_back_without_autoprobe() {
 #[test]
 fn what_the_host_lives_on_is_protected() {
     let sim = mount(WORKSTATION);
-    let uses = protection::uses(&sim.host()).unwrap();
-    let protected = |address| uses.iter().any(|u| u.function == at(address) && u.protected);
+    let inventory = Inventory::scan(&sim.host()).unwrap();
+    let found = uses(&sim, &inventory);
+    let protected = |address| found.iter().any(|u| u.function == at(address) && u.protected);
     assert!(protected("02:00.0"), "root and swap");
     assert!(protected("06:00.0"), "default route");
     assert!(!protected("01:00.0"), "the spare GPU");
     // The interface goes with its driver, and the route with the interface.
     write(&device(&sim, "06:00.0").join("driver/unbind"), "0000:06:00.0").unwrap();
-    let uses = protection::uses(&sim.host()).unwrap();
-    assert!(uses.iter().all(|u| u.function != at("06:00.0")));
+    let found = uses(&sim, &inventory);
+    assert!(found.iter().all(|u| u.function != at("06:00.0")));
 }
 
 #[test]

@@ -16,11 +16,17 @@ fn at(address: &str) -> PciAddress {
     address.parse().unwrap()
 }
 
+/// What the host does with any of its functions.
+fn uses(sim: &Sim, inventory: &Inventory) -> Vec<protection::Use> {
+    let all = inventory.functions().map(|f| f.address).collect();
+    protection::uses(&sim.host(), &all).unwrap()
+}
+
 /// Why attaching `device` is refused on the host `text` describes.
 fn refusal(text: &str, device: &str, claims: BTreeMap<PciAddress, Claim>) -> Refusal {
     let sim = Sim::mount(&Described::parse(text).unwrap()).unwrap();
     let inventory = Inventory::scan(&sim.host()).unwrap();
-    let circumstances = Circumstances { claims, uses: protection::uses(&sim.host()).unwrap() };
+    let circumstances = Circumstances { claims, uses: uses(&sim, &inventory) };
     let request = Request { devices: vec![at(device)], ..Request::default() };
     plan::attach(&inventory, &circumstances, &request).unwrap_err()
 }

@@ -50,7 +50,7 @@ pub enum Change {
 }
 
 /// What changes of a function while it is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Property {
     /// Its driver.
     Driver,
@@ -158,6 +158,12 @@ impl Broker {
         Some(with_lease(record, claims.get(&address)))
     }
 
+    /// The id of the lease that holds a function.
+    pub fn holder(&self, address: PciAddress) -> Option<String> {
+        let data = self.data();
+        data.leases.values().find(|lease| lease.holds(address)).map(|lease| lease.id.clone())
+    }
+
     /// Every group's record.
     pub fn list_groups(&self) -> Vec<GroupRecord> {
         let data = self.data();
@@ -173,8 +179,7 @@ impl Broker {
     /// What attaching would do, or why it would not.
     pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
         let request = self.request(names, options)?;
-        self.refresh_around(&request)?;
-        let uses = protection::uses(&self.host)?;
+        let uses = protection::uses(&self.host, &self.refresh_around(&request)?)?;
         let data = self.data();
         let planned = plan_within(&data, &request, uses);
         let mut groups: Vec<u32> =
@@ -186,7 +191,8 @@ impl Broker {
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
-    fn refresh_around(&self, request: &Request) -> Result<(), Error> {
+    /// Answers the functions looked at.
+    fn refresh_around(&self, request: &Request) -> Result<BTreeSet<PciAddress>, Error> {
         let inventory = self.inventory();
         let mut addresses: BTreeSet<PciAddress> = request.devices.iter().copied().collect();
         for device in &request.devices {
@@ -194,8 +200,9 @@ impl Broker {
             addresses.extend(inventory.get(*device).and_then(|f| f.physical()));
         }
         drop(inventory);
-        self.refresh(addresses);
-        Arc::make_mut(&mut self.data().inventory).refresh_vfio(&self.host)
+        self.refresh(addresses.iter().copied());
+        Arc::make_mut(&mut self.data().inventory).refresh_vfio(&self.host)?;
+        Ok(addresses)
     }
 
     fn request(&self, names: &[String], options: &AttachOptions) -> Result<Request, Failure> {

@@ -6,7 +6,7 @@ use std::io;
 
 use libvfio::host::HostRoot;
 use libvfio::step::StepError;
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use crate::lease::{Lease, Recorded};
 use crate::ledger::Ledger;
@@ -28,7 +28,7 @@ pub fn forward(host: &HostRoot, ledger: &Ledger, lease: &mut Lease) -> Result<()
     for at in 0..lease.forward.len() {
         let step = &lease.forward[at].step;
         let outcome = step.execute(host)?;
-        info!(lease = lease.id, step = step.name(), ?outcome, "{step}");
+        debug!(lease = lease.id, step = step.name(), ?outcome, "{step}");
         lease.forward[at].outcome = Some(outcome);
         // The last outcome is written with the state that follows from it.
         if at + 1 < lease.forward.len() {
@@ -57,7 +57,7 @@ pub fn backward(host: &HostRoot, ledger: &Ledger, lease: &mut Lease) -> Vec<Stop
         let step = &lease.backward[at].step;
         match step.execute(host) {
             Ok(outcome) => {
-                info!(lease = lease.id, step = step.name(), ?outcome, "{step}");
+                debug!(lease = lease.id, step = step.name(), ?outcome, "{step}");
                 lease.backward[at].outcome = Some(outcome);
             }
             Err(error) => {

@@ -6,7 +6,9 @@ mod bytes;
 mod capability;
 mod extended;
 mod list;
+mod reading;
 
+pub use reading::read;
 use serde::Serialize;
 
 use bytes::Bytes;

@@ -4,6 +4,7 @@
 pub mod class;
 pub mod config;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,8 @@ use config::ConfigSpace;
 pub struct Function {
     /// Where it is.
     pub address: PciAddress,
+    /// What tells it from another that was at this address before ([`SysDir::instance`]).
+    pub instance: u64,
     /// The ports above it, from the root port down; empty on a root bus.
     pub upstream: Vec<PciAddress>,
     /// Vendor, device and class.
@@ -153,22 +156,20 @@ impl Function {
     /// Reads a function; `None` if the host has none at that address.
     pub fn read(host: &HostRoot, address: PciAddress) -> Option<Self> {
         let dir = host.function(address);
-        if !dir.path().exists() {
-            return None;
-        }
+        let instance = dir.instance()?;
         let mut problems = Vec::new();
         let mut or_note = Noting(&mut problems);
         let uevent = or_note.default(dir.attr("uevent")).unwrap_or_default();
-        let config = config::parse(&or_note.default(dir.bytes("config")));
-        let physical = dir.link_name("physfn").and_then(|name| name.parse().ok());
-        let function = Self {
+        let config = config::parse(&or_note.default(read_config(&dir)));
+        let mut function = Self {
             address,
+            instance,
             upstream: dir.path().read_link().map(|p| upstream(&p)).unwrap_or_default(),
             ids: Ids::read(&dir, &uevent, &config, &mut or_note),
-            driver: dir.link_name("driver"),
-            driver_override: or_note.default(driver_override(&dir)),
-            vfio_device: dir.sub("vfio-dev").list().ok().and_then(|names| names.into_iter().next()),
-            iommu_group: dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n)),
+            driver: None,
+            driver_override: None,
+            vfio_device: None,
+            iommu_group: None,
             numa_node: or_note
                 .default(dir.attr("numa_node"))
                 .filter(|n| n != "-1")
@@ -178,15 +179,42 @@ impl Function {
                 .default(dir.attr("reset_method"))
                 .map(|m| m.split_whitespace().map(str::to_owned).collect())
                 .unwrap_or_default(),
-            power_state: or_note.default(dir.attr("power_state")),
+            power_state: None,
             boot_vga: or_note.default(dir.attr("boot_vga")).as_deref() == Some("1"),
-            sriov: Sriov::read(&dir, physical, &config, &mut or_note),
+            sriov: Sriov::None,
             modalias: uevent_value(&uevent, "MODALIAS").map(str::to_owned),
             config,
             problems: Vec::new(),
         };
         problems.extend(function.config.problems.iter().map(ToString::to_string));
+        function.read_changing(&dir, &mut problems);
         Some(Self { problems, ..function })
+    }
+
+    /// The function as it is now, given how it was: where it is the same one, only what changes
+    /// while a device stays is read.
+    pub fn reread(&self, host: &HostRoot) -> Option<Self> {
+        let dir = host.function(self.address);
+        if dir.instance()? != self.instance || !self.problems.is_empty() {
+            return Self::read(host, self.address);
+        }
+        let mut now = self.clone();
+        let mut problems = Vec::new();
+        let header = Noting(&mut problems).default(read_header(&dir));
+        now.config.alive = header.iter().any(|byte| *byte != 0xff);
+        now.read_changing(&dir, &mut problems);
+        Some(Self { problems, ..now })
+    }
+
+    fn read_changing(&mut self, dir: &SysDir, problems: &mut Vec<String>) {
+        let mut or_note = Noting(problems);
+        self.driver = dir.link_name("driver");
+        self.driver_override = or_note.default(driver_override(dir));
+        let vfio_devices = self.driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
+        self.vfio_device = vfio_devices.and_then(|names| names.into_iter().next());
+        self.iommu_group = dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n));
+        self.power_state = or_note.default(dir.attr("power_state"));
+        self.sriov = Sriov::read(dir, &self.config, &mut or_note);
     }
 
     /// Driver and override as they were when this was read.
@@ -251,13 +279,8 @@ impl Ids {
 }
 
 impl Sriov {
-    fn read(
-        dir: &SysDir,
-        physical: Option<PciAddress>,
-        config: &ConfigSpace,
-        note: &mut Noting<'_>,
-    ) -> Self {
-        if let Some(physical) = physical {
+    fn read(dir: &SysDir, config: &ConfigSpace, note: &mut Noting<'_>) -> Self {
+        if let Some(physical) = dir.link_name("physfn").and_then(|name| name.parse().ok()) {
             return Self::Virtual { physical };
         }
         // An unprivileged reader sees only 64 bytes of configuration space: ask sysfs then.
@@ -315,6 +338,21 @@ impl Noting<'_> {
         }
         value
     }
+}
+
+fn read_config(dir: &SysDir) -> Result<Vec<u8>, Error> {
+    let read = |file| config::read(&file).map_err(Error::io("read", &dir.path().join("config")));
+    dir.open("config")?.map_or_else(|| Ok(Vec::new()), read)
+}
+
+/// Vendor, device, command and status: enough to see whether anybody answers.
+fn read_header(dir: &SysDir) -> Result<[u8; 8], Error> {
+    let mut header = [0; 8];
+    if let Some(file) = dir.open("config")? {
+        let path = dir.path().join("config");
+        file.read_at(&mut header, 0).map_err(Error::io("read", &path))?;
+    }
+    Ok(header)
 }
 
 /// The kernel shows an unset override as `(null)`.

@@ -31,8 +31,7 @@ impl Broker {
         owner: u32,
     ) -> Result<Lease, Failure> {
         let request = self.request(names, options)?;
-        self.refresh_around(&request)?;
-        let uses = protection::uses(&self.host)?;
+        let uses = protection::uses(&self.host, &self.refresh_around(&request)?)?;
         let mut lease = {
             let mut data = self.data();
             let plan = plan_within(&data, &request, uses)?;
@@ -53,7 +52,8 @@ impl Broker {
                     tenant,
                     vm = lease.vm,
                     devices = ?lease.devices.keys(),
-                    "attached"
+                    "attached: {}",
+                    done(&lease.forward)
                 );
                 Ok(lease)
             }
@@ -83,20 +83,23 @@ impl Broker {
     /// Ends every lease `target` names: by lease id, by virtual machine, or by a device of it.
     /// Nothing to end is no failure, so a caller may repeat itself.
     pub fn release(&self, target: &str, options: &ReleaseOptions) -> Result<Vec<String>, Failure> {
-        let address = self.resolve(target).ok().or_else(|| target.parse().ok());
-        let ids: Vec<String> = {
-            let data = self.data();
-            let means = |lease: &&Lease| {
-                lease.id == target
-                    || lease.vm.as_deref() == Some(target)
-                    || address.is_some_and(|a| lease.devices.contains_key(&a))
-            };
-            data.leases.values().filter(means).map(|lease| lease.id.clone()).collect()
-        };
+        let mut ids =
+            self.leases_where(|lease| lease.id == target || lease.vm.as_deref() == Some(target));
+        if ids.is_empty() {
+            let address = self.resolve(target).ok().or_else(|| target.parse().ok());
+            ids = self.leases_where(|lease| {
+                address.is_some_and(|address| lease.devices.contains_key(&address))
+            });
+        }
         for id in &ids {
             self.release_one(id, options)?;
         }
         Ok(ids)
+    }
+
+    fn leases_where(&self, meant: impl Fn(&Lease) -> bool) -> Vec<String> {
+        let data = self.data();
+        data.leases.values().filter(|lease| meant(lease)).map(|lease| lease.id.clone()).collect()
     }
 
     fn release_one(&self, id: &str, options: &ReleaseOptions) -> Result<(), Failure> {
@@ -130,7 +133,13 @@ impl Broker {
         };
         let failures = transition::backward(&self.host, &self.ledger, &mut lease);
         let message = (!failures.is_empty()).then(|| all(&failures));
-        info!(lease = id, tenant = lease.tenant, devices = ?lease.devices.keys(), "released");
+        info!(
+            lease = id,
+            tenant = lease.tenant,
+            devices = ?lease.devices.keys(),
+            "released: {}",
+            done(&lease.backward)
+        );
         self.close(lease, &failures, message.as_deref());
         match message {
             None => Ok(()),
@@ -260,6 +269,12 @@ fn resets(inventory: &Inventory, lease: &Lease) -> Vec<Step> {
     let alone = |f: &&Arc<Function>| f.reset_methods.iter().any(|m| m != "bus" && m != "cxl_bus");
     let functions = lease.devices.keys().filter_map(|address| inventory.get(*address));
     functions.filter(alone).map(|f| Step::Reset { device: f.address }).collect()
+}
+
+/// The steps carried out, in one line of the log.
+fn done(steps: &[Recorded]) -> String {
+    let done = steps.iter().filter(|recorded| recorded.outcome.is_some());
+    done.map(|recorded| recorded.step.to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// Several failures in one sentence.

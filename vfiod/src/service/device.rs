@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use libvfio::address::PciAddress;
-use libvfio::client::{DeviceRecord, lease_path};
-use zbus::wire::{ObjectPath, OwnedObjectPath};
+use libvfio::client::lease_path;
+use libvfio::pci::Function;
+use zbus::wire::{ObjectPath, OwnedObjectPath, Variant};
 
-use crate::broker::Broker;
+use crate::broker::{Broker, Property};
 
 #[derive(Debug)]
 pub(super) struct DeviceObject {
@@ -19,9 +20,22 @@ impl DeviceObject {
         Self { broker, address }
     }
 
-    /// What is known now; all unknown between the function's end and the object's.
-    fn record(&self) -> DeviceRecord {
-        self.broker.device(self.address).unwrap_or_default()
+    /// The function as last seen; none between its end and the object's.
+    fn function(&self) -> Option<Arc<Function>> {
+        self.broker.inventory().get(self.address).cloned()
+    }
+
+    /// The value of one of its properties now.
+    pub(super) fn value(&self, property: Property) -> (&'static str, Variant<'static>) {
+        match property {
+            Property::Driver => ("Driver", self.driver().into()),
+            Property::DriverOverride => ("DriverOverride", self.driver_override().into()),
+            Property::IommuGroup => ("IommuGroup", self.iommu_group().into()),
+            Property::EnabledVirtualFunctions => {
+                ("EnabledVirtualFunctions", self.enabled_virtual_functions().into())
+            }
+            Property::Lease => ("Lease", self.lease().into_inner().into()),
+        }
     }
 }
 
@@ -35,62 +49,65 @@ impl DeviceObject {
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn vendor_id(&self) -> u16 {
-        self.record().vendor.unwrap_or(0xffff)
+        self.function().and_then(|f| f.ids.vendor).unwrap_or(0xffff)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn device_id(&self) -> u16 {
-        self.record().device.unwrap_or(0xffff)
+        self.function().and_then(|f| f.ids.device).unwrap_or(0xffff)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn class(&self) -> u32 {
-        self.record().class.unwrap_or(0)
+        self.function().and_then(|f| f.ids.class).unwrap_or(0)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn name(&self) -> String {
-        self.record().name
+        let inventory = self.broker.inventory();
+        inventory.get(self.address).map(|f| inventory.describe(f)).unwrap_or_default()
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn numa_node(&self) -> i32 {
-        self.record().numa_node.and_then(|node| i32::try_from(node).ok()).unwrap_or(-1)
+        let node = self.function().and_then(|f| f.numa_node);
+        node.and_then(|node| i32::try_from(node).ok()).unwrap_or(-1)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn physical_function(&self) -> String {
-        self.record().physical_function.unwrap_or_default()
+        let physical = self.function().and_then(|f| f.physical());
+        physical.map(|address| address.to_string()).unwrap_or_default()
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn reset_methods(&self) -> Vec<String> {
-        self.record().reset_methods.unwrap_or_default()
+        self.function().map(|f| f.reset_methods.clone()).unwrap_or_default()
     }
 
     #[zbus(property)]
-    pub(super) fn driver(&self) -> String {
-        self.record().driver.unwrap_or_default()
+    fn driver(&self) -> String {
+        self.function().and_then(|f| f.driver.clone()).unwrap_or_default()
     }
 
     #[zbus(property)]
-    pub(super) fn driver_override(&self) -> String {
-        self.record().driver_override.unwrap_or_default()
+    fn driver_override(&self) -> String {
+        self.function().and_then(|f| f.driver_override.clone()).unwrap_or_default()
     }
 
     #[zbus(property)]
-    pub(super) fn iommu_group(&self) -> i64 {
-        self.record().iommu_group.map_or(-1, i64::from)
+    fn iommu_group(&self) -> i64 {
+        self.function().and_then(|f| f.iommu_group).map_or(-1, i64::from)
     }
 
     #[zbus(property)]
-    pub(super) fn enabled_virtual_functions(&self) -> u16 {
-        self.record().enabled_vfs.unwrap_or(0)
+    fn enabled_virtual_functions(&self) -> u16 {
+        self.function().map_or(0, |f| f.enabled_vfs())
     }
 
     #[zbus(property)]
-    pub(super) fn lease(&self) -> OwnedObjectPath {
-        let path = self.record().lease.map(|id| lease_path(&id));
+    fn lease(&self) -> OwnedObjectPath {
+        let path = self.broker.holder(self.address).map(|id| lease_path(&id));
         path.and_then(|path| path.try_into().ok())
             .unwrap_or_else(|| ObjectPath::from_static_str_unchecked("/").into())
     }

@@ -1,12 +1,14 @@
 //! Tells the bus of what changed, in the order it happened: objects come and go, properties and
 //! the Manager's signals follow.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use libvfio::address::PciAddress;
 use libvfio::client::{ROOT_PATH, device_path, group_path, lease_path};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::warn;
-use zbus::object_server::InterfaceRef;
+use zbus::fdo::Properties;
+use zbus::object_server::{Interface, InterfaceRef};
 
 use super::Caller;
 use super::device::DeviceObject;
@@ -22,11 +24,13 @@ pub(super) async fn run(
     mut changes: UnboundedReceiver<Change>,
 ) {
     let groups = caller.broker.inventory().groups().map(|group| group.number).collect();
-    let mut publisher = Publisher { connection, caller, groups };
+    let mut publisher = Publisher { connection, caller, groups, changed: BTreeMap::new() };
     while let Some(change) = changes.recv().await {
-        if let Err(error) = publisher.publish(change).await {
-            warn!(%error, "a change could not be told on the bus");
+        publisher.take(change).await;
+        while let Ok(change) = changes.try_recv() {
+            publisher.take(change).await;
         }
+        publisher.flush().await;
     }
 }
 
@@ -35,9 +39,45 @@ struct Publisher {
     caller: Caller,
     /// Numbers of the groups that have an object.
     groups: BTreeSet<u32>,
+    /// What changed of functions and was not told yet: changes in quick succession are one.
+    changed: BTreeMap<PciAddress, BTreeSet<Property>>,
 }
 
 impl Publisher {
+    async fn take(&mut self, change: Change) {
+        if let Change::DeviceChanged(address, properties) = change {
+            self.changed.entry(address).or_default().extend(properties);
+            return;
+        }
+        self.flush().await;
+        if let Err(error) = self.publish(change).await {
+            warn!(%error, "a change could not be told on the bus");
+        }
+    }
+
+    async fn flush(&mut self) {
+        for (address, properties) in std::mem::take(&mut self.changed) {
+            if let Err(error) = self.publish_device(address, &properties).await {
+                warn!(%error, %address, "a device's change could not be told on the bus");
+            }
+        }
+    }
+
+    async fn publish_device(
+        &self,
+        address: PciAddress,
+        properties: &BTreeSet<Property>,
+    ) -> zbus::Result<()> {
+        let server = self.connection.object_server();
+        let object: InterfaceRef<DeviceObject> = server.interface(device_path(address)).await?;
+        let device = object.get().await;
+        let values = properties.iter().map(|property| device.value(*property)).collect();
+        let interface = DeviceObject::name();
+        Properties::properties_changed(object.signal_emitter(), interface, values, [][..].into())
+            .await?;
+        self.manager().await?.device_changed(&address.to_string()).await
+    }
+
     async fn publish(&mut self, change: Change) -> zbus::Result<()> {
         let server = self.connection.object_server();
         match change {
@@ -54,24 +94,8 @@ impl Publisher {
                 server.remove::<DeviceObject, _>(device_path(address)).await?;
                 self.manager().await?.device_removed(&address.to_string()).await?;
             }
-            Change::DeviceChanged(address, properties) => {
-                let object: InterfaceRef<DeviceObject> =
-                    server.interface(device_path(address)).await?;
-                let emitter = object.signal_emitter();
-                let device = object.get().await;
-                for property in properties {
-                    match property {
-                        Property::Driver => device.driver_changed(emitter).await?,
-                        Property::DriverOverride => device.driver_override_changed(emitter).await?,
-                        Property::IommuGroup => device.iommu_group_changed(emitter).await?,
-                        Property::EnabledVirtualFunctions => {
-                            device.enabled_virtual_functions_changed(emitter).await?;
-                        }
-                        Property::Lease => device.lease_changed(emitter).await?,
-                    }
-                }
-                self.manager().await?.device_changed(&address.to_string()).await?;
-            }
+            // Gathered by `take`.
+            Change::DeviceChanged(..) => {}
             Change::GroupsChanged => self.regroup().await?,
             Change::LeaseAdded(id) => {
                 let object = LeaseObject::new(self.caller.clone(), id.clone());

@@ -53,11 +53,15 @@ fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
     // Taken in turns, so that what the machine does besides falls on all alike.
     let (mut ours, mut floor, mut session) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..MANY {
+        // What udev makes of the changes before is no part of the next.
+        let settle = || command::run(["udevadm", "settle"])?.success();
+        settle()?;
         floor.push(timed(|| {
             sysfs::bind(vf, Some("vfio-pci"))?;
             sysfs::write(vf, "driver/unbind", vf)?;
             sysfs::write(vf, "driver_override", "\n")
         })?);
+        settle()?;
         ours.push(timed(|| {
             runtime.block_on(async {
                 let (lease, _) = manager.attach(&[vf], "bench", [].into()).await?;
@@ -66,6 +70,7 @@ fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
                 Ok(())
             })
         })?);
+        settle()?;
         session.push(timed(|| {
             virsh.ask(&format!("nodedev-detach {node}"), "detached")?;
             virsh.ask(&format!("nodedev-reattach {node}"), "re-attached")
