@@ -3,7 +3,7 @@
 //! host says so, and no test can touch the machine it runs on.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -101,7 +101,17 @@ impl SysClass for SysDir {
     fn path(&self) -> &Path {
         &self.path
     }
+
+    /// An attribute is a page at most and comes in one read, so nobody has to ask for its size.
+    fn read_file<P: AsRef<Path>>(&self, name: P) -> io::Result<String> {
+        let mut page = [0; PAGE];
+        let length = fs::File::open(self.path.join(name))?.read(&mut page)?;
+        Ok(String::from_utf8_lossy(&page[..length]).into_owned())
+    }
 }
+
+/// The most an attribute has (`sysfs_kf_seq_show`, `fs/sysfs/file.c`).
+const PAGE: usize = 4096;
 
 impl SysDir {
     /// The path of this directory.

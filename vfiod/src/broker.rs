@@ -191,7 +191,7 @@ impl Broker {
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
-    /// Answers the functions looked at.
+    /// Answers those of them on a host driver: only they can be of use to the host.
     fn refresh_around(&self, request: &Request) -> Result<BTreeSet<PciAddress>, Error> {
         let inventory = self.inventory();
         let mut addresses: BTreeSet<PciAddress> = request.devices.iter().copied().collect();
@@ -201,8 +201,12 @@ impl Broker {
         }
         drop(inventory);
         self.refresh(addresses.iter().copied());
-        Arc::make_mut(&mut self.data().inventory).refresh_vfio(&self.host)?;
-        Ok(addresses)
+        let mut data = self.data();
+        Arc::make_mut(&mut data.inventory).refresh_vfio(&self.host)?;
+        let of_use = |address: &PciAddress| {
+            data.inventory.get(*address).is_some_and(|f| f.driver.is_some() && !f.on_vfio())
+        };
+        Ok(addresses.into_iter().filter(of_use).collect())
     }
 
     fn request(&self, names: &[String], options: &AttachOptions) -> Result<Request, Failure> {

@@ -214,7 +214,12 @@ impl Function {
         self.vfio_device = vfio_devices.and_then(|names| names.into_iter().next());
         self.iommu_group = dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n));
         self.power_state = or_note.default(dir.attr("power_state"));
-        self.sriov = Sriov::read(dir, &self.config, &mut or_note);
+        self.sriov = match self.sriov {
+            Sriov::None => Sriov::read(dir, &self.config, &mut or_note),
+            // What the hardware has does not change, nor whose VF it is.
+            Sriov::Physical { .. } => self.sriov.reread(dir, &mut or_note),
+            Sriov::Virtual { physical } => Sriov::Virtual { physical },
+        };
     }
 
     /// Driver and override as they were when this was read.
@@ -297,8 +302,19 @@ impl Sriov {
             enabled: number("sriov_numvfs").unwrap_or(0),
             offset: number("sriov_offset").unwrap_or(0),
             stride: number("sriov_stride").unwrap_or(0),
-            autoprobe: note.default(dir.attr("sriov_drivers_autoprobe")).as_deref() != Some("0"),
+            autoprobe: sriov_autoprobe(dir, note),
         }
+    }
+
+    /// A physical function as it is now, given how it was.
+    fn reread(&self, dir: &SysDir, note: &mut Noting<'_>) -> Self {
+        let mut now = self.clone();
+        if let Self::Physical { enabled, autoprobe, .. } = &mut now {
+            let text = note.default(dir.attr("sriov_numvfs"));
+            *enabled = text.and_then(|text| note.parse("sriov_numvfs", &text)).unwrap_or(0);
+            *autoprobe = sriov_autoprobe(dir, note);
+        }
+        now
     }
 
     /// The index of the VF at `address` among those of the PF at `physical`, from its routing id
@@ -338,6 +354,10 @@ impl Noting<'_> {
         }
         value
     }
+}
+
+fn sriov_autoprobe(dir: &SysDir, note: &mut Noting<'_>) -> bool {
+    note.default(dir.attr("sriov_drivers_autoprobe")).as_deref() != Some("0")
 }
 
 fn read_config(dir: &SysDir) -> Result<Vec<u8>, Error> {

@@ -96,7 +96,13 @@ impl Broker {
     /// Looks at functions the kernel reported a change of, and at what that means for leases.
     /// Takes a moment where a lease may be broken, so it is for the thread that follows events.
     pub fn notice(&self, addresses: impl IntoIterator<Item = PciAddress>) {
-        let addresses: BTreeSet<PciAddress> = addresses.into_iter().collect();
+        let mut addresses: BTreeSet<PciAddress> = addresses.into_iter().collect();
+        // Whoever moves a device looks at it when it has arrived.
+        for lease in self.leases() {
+            if matches!(lease.state, State::Preparing | State::Releasing) {
+                addresses.retain(|address| !lease.devices.contains_key(address));
+            }
+        }
         self.refresh(addresses.iter().copied());
         let concerned = |lease: &Lease| {
             lease.state == State::Active

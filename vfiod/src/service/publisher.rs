@@ -49,7 +49,10 @@ impl Publisher {
             self.changed.entry(address).or_default().extend(properties);
             return;
         }
-        self.flush().await;
+        // What happens to leases changes their devices too, which is told once for both.
+        if !matches!(change, Change::LeaseAdded(_) | Change::LeaseChanged { .. }) {
+            self.flush().await;
+        }
         if let Err(error) = self.publish(change).await {
             warn!(%error, "a change could not be told on the bus");
         }
