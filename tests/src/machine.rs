@@ -72,15 +72,21 @@ pub struct Files {
 /// The name of the agent's virtio-serial port.
 pub const AGENT_PORT: &str = "org.vfiod.lab";
 
+/// Processors of a machine whose kernel starts guests.
+///
+/// With two, QEMU 10 can free a memory map that the other one still uses when a BAR of a guest
+/// moves (its assertion in `iotlb_to_section` fails).
+pub const PROCESSORS: u8 = 1;
+/// Processors of a machine that is measured and starts no guest, so that what udev and systemd
+/// make of a change runs beside what is measured, as it does on any real host.
+pub const PROCESSORS_MEASURED: u8 = 2;
+
 /// QEMU's arguments for the machine: everything but the kernel and the console.
-pub fn arguments(files: &Files) -> Vec<String> {
+pub fn arguments(files: &Files, processors: u8) -> Vec<String> {
     let mut arguments: Vec<String> = [
         "-machine q35,kernel-irqchip=split,sata=off,vmport=off",
         "-accel tcg,thread=multi",
         "-cpu EPYC-v4,check=off",
-        // One processor: with two, QEMU 10 can free a memory map that the other one still uses when
-        // a BAR moves ("iotlb_to_section: Assertion `section_index < d->map.sections_nb'").
-        "-smp 1",
         "-nodefaults",
         "-display none",
         "-no-reboot",
@@ -88,8 +94,6 @@ pub fn arguments(files: &Files) -> Vec<String> {
         "-m 2560M",
         "-object memory-backend-ram,id=memory0,size=1536M",
         "-object memory-backend-ram,id=memory1,size=1024M",
-        "-numa node,nodeid=0,cpus=0,memdev=memory0",
-        "-numa node,nodeid=1,memdev=memory1",
     ]
     .iter()
     .flat_map(|line| line.split(' '))
@@ -97,6 +101,9 @@ pub fn arguments(files: &Files) -> Vec<String> {
     .collect();
     let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
 
+    option("-smp", processors.to_string());
+    option("-numa", format!("node,nodeid=0,cpus=0-{},memdev=memory0", processors - 1));
+    option("-numa", "node,nodeid=1,memdev=memory1".to_owned());
     option("-qmp", format!("unix:{},server=on,wait=off", files.qmp));
     option("-chardev", format!("socket,id=agent,path={},server=on,wait=off", files.agent));
     for (id, file) in [("root", files.root), ("payload", files.payload), ("disk", files.disk)] {

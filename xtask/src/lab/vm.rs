@@ -59,13 +59,18 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    pub(super) fn start(image: &Image, payload: &Payload, console: Console) -> Result<Self> {
+    pub(super) fn start(
+        image: &Image,
+        payload: &Payload,
+        console: Console,
+        processors: u8,
+    ) -> Result<Self> {
         let tree = image.tree();
         enter_namespace(image)?;
         make_payload(&inside(&tree, FILES.payload), payload)?;
 
         let log = exec::target()?.join("lab-console.log");
-        let mut qemu = qemu(&tree, console, &log)?;
+        let mut qemu = qemu(&tree, console, processors, &log)?;
         let agent = connect(&mut qemu, &inside(&tree, FILES.agent), &log)?;
         let qmp = Qmp::new(connect(&mut qemu, &inside(&tree, FILES.qmp), &log)?)?;
         Ok(Self { qemu, log, qmp, agent })
@@ -133,14 +138,14 @@ fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
     make_disk(disk, "64M", "payload", Some(&staging))
 }
 
-fn qemu(tree: &Path, console: Console, log: &Path) -> Result<Child> {
+fn qemu(tree: &Path, console: Console, processors: u8, log: &Path) -> Result<Child> {
     let log = File::create(log).with_context(|| log.display().to_string())?;
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL", "chroot"])
         .arg(tree)
         .arg("qemu-system-x86_64")
-        .args(machine::arguments(&FILES))
+        .args(machine::arguments(&FILES, processors))
         .args(["-kernel", "/vmlinuz", "-initrd", "/boot/lab-initrd"])
         .stderr(log.try_clone()?);
     match console {
