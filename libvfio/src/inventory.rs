@@ -86,8 +86,8 @@ impl Inventory {
             None => Function::read(host, address),
         };
         if let Some(new) = new {
-            if old.as_ref().is_none_or(|f| f.ids != new.ids) {
-                self.forget_names(host);
+            if self.names.names.get().is_some_and(|names| !names.knows(&key(&new))) {
+                self.names = Arc::new(LazyNames::new(host));
             }
             join(&mut self.groups, new.iommu_group, address);
             self.functions.insert(address, Arc::new(new));
@@ -101,11 +101,6 @@ impl Inventory {
             self.vfio_pci = DriverSource::of(host, "vfio-pci")?;
         }
         Ok(())
-    }
-
-    /// A device that was not there before may have a name not looked up yet.
-    fn forget_names(&mut self, host: &HostRoot) {
-        self.names = Arc::new(LazyNames::new(host));
     }
 
     /// The function at an address.

@@ -92,6 +92,13 @@ struct Data {
     leases: BTreeMap<String, Lease>,
 }
 
+impl Data {
+    /// The lease that holds a function.
+    fn holder(&self, address: PciAddress) -> Option<&Lease> {
+        self.leases.values().find(|lease| lease.holds(address))
+    }
+}
+
 impl Broker {
     /// Reads the host and the ledger. Unfinished leases are left for [`recover`](Self::recover).
     pub fn open(
@@ -145,23 +152,25 @@ impl Broker {
         let claims = claims_by_device(&data.leases);
         data.inventory
             .functions()
-            .map(|f| with_lease(device_record(&data.inventory, f, brief), claims.get(&f.address)))
+            .map(|f| {
+                with_lease(
+                    device_record(&data.inventory, f, brief),
+                    claims.get(&f.address).copied(),
+                )
+            })
             .collect()
     }
 
     /// One function's record.
     pub fn device(&self, address: PciAddress) -> Option<DeviceRecord> {
         let data = self.data();
-        let function = data.inventory.get(address)?;
-        let claims = claims_by_device(&data.leases);
-        let record = device_record(&data.inventory, function, false);
-        Some(with_lease(record, claims.get(&address)))
+        let record = device_record(&data.inventory, data.inventory.get(address)?, false);
+        Some(with_lease(record, data.holder(address)))
     }
 
     /// The id of the lease that holds a function.
     pub fn holder(&self, address: PciAddress) -> Option<String> {
-        let data = self.data();
-        data.leases.values().find(|lease| lease.holds(address)).map(|lease| lease.id.clone())
+        self.data().holder(address).map(|lease| lease.id.clone())
     }
 
     /// Every group's record.
@@ -227,13 +236,10 @@ fn plan_within(
     request: &Request,
     uses: Vec<protection::Use>,
 ) -> Result<Plan, Refusal> {
-    let held = data.leases.values().filter(|lease| lease.state != State::Failed);
-    let claims = held
-        .flat_map(|lease| {
-            let claim = Claim { lease: lease.id.clone(), tenant: lease.tenant.clone() };
-            lease.devices.keys().map(move |device| (*device, claim.clone()))
-        })
-        .collect();
+    let claim = |(device, lease): (PciAddress, &Lease)| {
+        (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone() })
+    };
+    let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
     plan::attach(&data.inventory, &Circumstances { claims, uses }, request)
 }
 
@@ -250,7 +256,7 @@ fn device_record(inventory: &Inventory, function: &Function, brief: bool) -> Dev
     }
 }
 
-fn with_lease(record: DeviceRecord, lease: Option<&&Lease>) -> DeviceRecord {
+fn with_lease(record: DeviceRecord, lease: Option<&Lease>) -> DeviceRecord {
     DeviceRecord {
         lease: lease.map(|l| l.id.clone()),
         tenant: lease.map(|l| l.tenant.clone()),

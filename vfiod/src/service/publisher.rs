@@ -1,5 +1,5 @@
-//! Tells the bus of what changed, in the order it happened: objects come and go, properties and
-//! the Manager's signals follow.
+//! Tells the bus of what changed: objects come and go, properties and the Manager's signals follow.
+//! What changes of one function in quick succession is told once; all else in its order.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -45,12 +45,12 @@ struct Publisher {
 
 impl Publisher {
     async fn take(&mut self, change: Change) {
-        if let Change::DeviceChanged(address, properties) = change {
-            self.changed.entry(address).or_default().extend(properties);
-            return;
-        }
         // What happens to leases changes their devices too, which is told once for both.
-        if !matches!(change, Change::LeaseAdded(_) | Change::LeaseChanged { .. }) {
+        let gathers = matches!(
+            change,
+            Change::DeviceChanged(..) | Change::LeaseAdded(_) | Change::LeaseChanged { .. }
+        );
+        if !gathers {
             self.flush().await;
         }
         if let Err(error) = self.publish(change).await {
@@ -97,8 +97,9 @@ impl Publisher {
                 server.remove::<DeviceObject, _>(device_path(address)).await?;
                 self.manager().await?.device_removed(&address.to_string()).await?;
             }
-            // Gathered by `take`.
-            Change::DeviceChanged(..) => {}
+            Change::DeviceChanged(address, properties) => {
+                self.changed.entry(address).or_default().extend(properties);
+            }
             Change::GroupsChanged => self.regroup().await?,
             Change::LeaseAdded(id) => {
                 let object = LeaseObject::new(self.caller.clone(), id.clone());
