@@ -31,6 +31,10 @@ pub(crate) fn run() -> Result<ExitCode> {
         ]))
     })?;
     let deny = cargo_deny()?;
+    // A build fetches what its own target needs; the audit reads the whole lock file.
+    progress::step("fetching what the audit reads", || {
+        exec::quiet(exec::cargo().args(["fetch", "--locked"]))
+    })?;
     progress::step("checking the dependencies' licences and sources", || {
         exec::quiet(Command::new(deny).current_dir(exec::root()).args([
             "--offline",
