@@ -153,6 +153,11 @@ impl Error {
         move |source| Self::Io { action, path, source }
     }
 
+    /// Whether somebody with patience lost it ([`Patience`](crate::host::Patience)).
+    pub fn timed_out(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut)
+    }
+
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -160,6 +165,7 @@ impl Error {
                 ErrorKind::InvalidArgument
             }
             Self::NotFound { .. } => ErrorKind::NotFound,
+            Self::Io { .. } if self.timed_out() => ErrorKind::Wedged,
             Self::Io { .. } => ErrorKind::Internal,
             Self::Vfio { .. } => ErrorKind::NotViable,
         }

@@ -2,10 +2,12 @@
 //! The only module that reads or writes them. There is no default root: whoever wants the real
 //! host says so, and no test can touch the machine it runs on.
 
+use std::fmt::Debug;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sysfs_class::SysClass;
 
@@ -13,16 +15,32 @@ use crate::address::PciAddress;
 use crate::error::Error;
 
 /// Where a host's kernel interfaces are found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct HostRoot {
     root: PathBuf,
+    patience: Option<Arc<dyn Patience>>,
+}
+
+/// Reads on behalf of somebody who must not sleep for ever.
+///
+/// Some attributes are read under their device's lock, which is held while a driver is unbound or
+/// VFs are removed; where that never returns, neither does the reader, not even by a signal.
+pub trait Patience: Debug + Send + Sync {
+    /// An attribute's text, or [`io::ErrorKind::TimedOut`].
+    fn read(&self, attribute: &Path) -> io::Result<String>;
 }
 
 impl HostRoot {
     /// The host whose `/` is `root`: `/` for the machine itself, any other directory for a
     /// described or simulated one.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), patience: None }
+    }
+
+    /// The same host, with somebody to read what may take for ever.
+    #[must_use]
+    pub fn with_patience(self, patience: Arc<dyn Patience>) -> Self {
+        Self { patience: Some(patience), ..self }
     }
 
     /// Whether this is the running machine, where device nodes are what they seem.
@@ -37,7 +55,7 @@ impl HostRoot {
 
     /// The directory of a file or folder of sysfs, given relative to `/sys`.
     pub fn sys(&self, path: impl AsRef<Path>) -> SysDir {
-        SysDir { path: self.root.join("sys").join(path) }
+        SysDir { path: self.root.join("sys").join(path), patience: self.patience.clone() }
     }
 
     /// The sysfs directory of a PCI function.
@@ -80,9 +98,10 @@ impl HostRoot {
 }
 
 /// One directory of a host's sysfs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct SysDir {
     path: PathBuf,
+    patience: Option<Arc<dyn Patience>>,
 }
 
 impl SysClass for SysDir {
@@ -95,7 +114,7 @@ impl SysClass for SysDir {
     }
 
     unsafe fn from_path_unchecked(path: PathBuf) -> Self {
-        Self { path }
+        Self { path, patience: None }
     }
 
     fn path(&self) -> &Path {
@@ -104,10 +123,15 @@ impl SysClass for SysDir {
 
     /// An attribute is a page at most and comes in one read, so nobody has to ask for its size.
     fn read_file<P: AsRef<Path>>(&self, name: P) -> io::Result<String> {
-        let mut page = [0; PAGE];
-        let length = fs::File::open(self.path.join(name))?.read(&mut page)?;
-        Ok(String::from_utf8_lossy(&page[..length]).into_owned())
+        read_page(&self.path.join(name))
     }
+}
+
+/// Reads an attribute, however long it takes. For whoever has [`Patience`].
+pub fn read_page(attribute: &Path) -> io::Result<String> {
+    let mut page = [0; PAGE];
+    let length = fs::File::open(attribute)?.read(&mut page)?;
+    Ok(String::from_utf8_lossy(&page[..length]).into_owned())
 }
 
 /// The most an attribute has (`sysfs_kf_seq_show`, `fs/sysfs/file.c`).
@@ -122,7 +146,7 @@ impl SysDir {
     /// A directory below this one.
     #[must_use]
     pub fn sub(&self, name: &str) -> Self {
-        Self { path: self.path.join(name) }
+        Self { path: self.path.join(name), patience: self.patience.clone() }
     }
 
     /// Whether the directory, or the entry `name` in it, exists.
@@ -136,6 +160,17 @@ impl SysDir {
             Ok(text) => Ok(Some(text)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("read", &self.path.join(name))(e)),
+        }
+    }
+
+    /// Like [`attr`](Self::attr), for an attribute that is read under its device's lock.
+    pub fn locked_attr(&self, name: &str) -> Result<Option<String>, Error> {
+        let Some(patience) = &self.patience else { return self.attr(name) };
+        let path = self.path.join(name);
+        match patience.read(&path) {
+            Ok(text) => Ok(Some(text.trim().to_owned())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("read", &path)(e)),
         }
     }
 

@@ -77,21 +77,21 @@ impl Inventory {
     /// Reads the function at `address` anew, adding or dropping it. The cost does not depend on how
     /// many others there are.
     pub fn refresh(&mut self, host: &HostRoot, address: PciAddress) {
-        let old = self.functions.remove(&address);
-        if let Some(number) = old.as_ref().and_then(|f| f.iommu_group) {
+        let now = look(host, address, self.get(address).map(AsRef::as_ref));
+        self.put(address, now);
+    }
+
+    /// Takes what [`look`] found at `address` in, or the function there out.
+    pub fn put(&mut self, address: PciAddress, function: Option<Function>) {
+        if let Some(number) = self.functions.remove(&address).and_then(|f| f.iommu_group) {
             leave(&mut self.groups, number, address);
         }
-        let new = match &old {
-            Some(old) => old.reread(host),
-            None => Function::read(host, address),
-        };
-        if let Some(new) = new {
-            if self.names.names.get().is_some_and(|names| !names.knows(&key(&new))) {
-                self.names = Arc::new(LazyNames::new(host));
-            }
-            join(&mut self.groups, new.iommu_group, address);
-            self.functions.insert(address, Arc::new(new));
+        let Some(function) = function else { return };
+        if self.names.names.get().is_some_and(|names| !names.knows(&key(&function))) {
+            self.names = Arc::new(LazyNames::new(&self.names.host));
         }
+        join(&mut self.groups, function.iommu_group, address);
+        self.functions.insert(address, Arc::new(function));
     }
 
     /// Looks whether the generic VFIO driver is registered by now. Loading a module is no event of
@@ -236,6 +236,15 @@ impl Inventory {
             .filter(|(likeness, _)| *likeness > 0.8)
             .max_by(|a, b| a.0.total_cmp(&b.0))
             .map(|(_, candidate)| candidate)
+    }
+}
+
+/// What is at `address` now, given what was there: of the same function only what can change is
+/// read.
+pub fn look(host: &HostRoot, address: PciAddress, before: Option<&Function>) -> Option<Function> {
+    match before {
+        Some(before) => before.reread(host),
+        None => Function::read(host, address),
     }
 }
 

@@ -74,8 +74,8 @@ pub enum Outcome {
     AlreadySo,
 }
 
-/// A step that did not happen.
-#[derive(Debug, thiserror::Error)]
+/// A step that did not happen. It crosses processes with all it says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("cannot {step}: {cause}; {remedy}")]
 pub struct StepError {
     /// The step.
@@ -87,11 +87,16 @@ pub struct StepError {
 }
 
 /// What stopped a step.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "cause", content = "of", rename_all = "kebab-case")]
 pub enum Cause {
     /// The kernel said no.
-    #[error("the kernel answered {} ({})", errno_name(.0), .0)]
-    Kernel(io::Error),
+    #[error("the kernel answered {errno:?} ({})", .errno.desc())]
+    Kernel {
+        /// Its error.
+        #[serde(with = "number")]
+        errno: Errno,
+    },
     /// The kernel said yes and did something else.
     #[error("the kernel reported success, but {wanted} was expected and {found} found")]
     ReadBack {
@@ -113,10 +118,31 @@ pub enum Cause {
     InUse,
     /// Reading the host failed.
     #[error("{0}")]
-    Host(Box<Error>),
+    Host(String),
     /// A program failed.
     #[error("{0}")]
     Program(String),
+}
+
+/// Errors of the kernel as numbers.
+mod number {
+    use nix::errno::Errno;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // What serde asks for.
+    pub(super) fn serialize<S: Serializer>(errno: &Errno, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_i32(*errno as i32)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Errno, D::Error> {
+        i32::deserialize(from).map(Errno::from_raw)
+    }
+}
+
+impl Cause {
+    fn kernel(error: &io::Error) -> Self {
+        Self::Kernel { errno: Errno::from_raw(error.raw_os_error().unwrap_or(0)) }
+    }
 }
 
 impl StepError {
@@ -126,17 +152,10 @@ impl StepError {
             (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
             (Step::LoadModule { .. }, _) => ErrorKind::Unsupported,
-            (_, Cause::InUse) => ErrorKind::Busy,
-            (_, Cause::Kernel(e)) if e.raw_os_error() == Some(Errno::EBUSY as i32) => {
-                ErrorKind::Busy
-            }
+            (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY }) => ErrorKind::Busy,
             _ => ErrorKind::Internal,
         }
     }
-}
-
-fn errno_name(error: &io::Error) -> String {
-    error.raw_os_error().map_or("an error".into(), |n| format!("{:?}", Errno::from_raw(n)))
 }
 
 impl fmt::Display for Step {
@@ -167,6 +186,10 @@ fn or_none(name: Option<&String>) -> &str {
 }
 
 impl Step {
+    /// The words of all kinds of steps.
+    pub const KINDS: [&str; 7] =
+        ["load-module", "unbind-lock", "unbind", "set-override", "bind", "reset", "check-viable"];
+
     /// The word for this kind of step, as it is serialised.
     pub fn name(&self) -> &'static str {
         match self {
@@ -232,31 +255,27 @@ impl Step {
     }
 
     fn remedy(&self, cause: &Cause) -> String {
-        let errno = match cause {
-            Cause::Kernel(e) => e.raw_os_error().map(Errno::from_raw),
-            _ => None,
-        };
-        match (self, cause, errno) {
-            (Self::LoadModule { module }, ..) => format!(
+        match (self, cause) {
+            (Self::LoadModule { module }, _) => format!(
                 "install the kernel's extra modules (CONFIG_{}=m) and check 'modprobe {module}'",
                 module.to_uppercase().replace('-', "_")
             ),
-            (Self::UnbindLock { .. }, ..) => {
+            (Self::UnbindLock { .. }, _) => {
                 "stop what uses the card (nvidia-persistenced, dcgm, a display manager, CUDA jobs) \
                  and try again"
                     .to_owned()
             }
-            (Self::Bind { .. }, _, Some(Errno::EBUSY)) => {
+            (Self::Bind { .. }, Cause::Kernel { errno: Errno::EBUSY }) => {
                 "if it is a physical function, disable its virtual functions first".to_owned()
             }
-            (_, Cause::Changed { .. }, _) => {
+            (_, Cause::Changed { .. }) => {
                 "find who else manages this device (driverctl, libvirt managed='yes', udev rules)"
                     .to_owned()
             }
-            (Self::Reset { .. }, ..) => {
+            (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()
             }
-            (Self::CheckViable { .. }, _, Some(Errno::EBUSY)) => {
+            (Self::CheckViable { .. }, Cause::Kernel { errno: Errno::EBUSY }) => {
                 "another process has the group open; see 'fuser -v /dev/vfio/*'".to_owned()
             }
             _ => "see the kernel log (journalctl -k) for its reason".to_owned(),
@@ -268,7 +287,7 @@ type Done = Result<Outcome, Cause>;
 
 impl From<Error> for Cause {
     fn from(error: Error) -> Self {
-        Self::Host(Box::new(error))
+        Self::Host(error.to_string())
     }
 }
 
@@ -312,7 +331,7 @@ fn unbind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
         _ => return Err(changed(Some(driver), now.as_deref())),
     }
     let dir = host.function(device).sub("driver");
-    dir.write("unbind", &device.to_string()).map_err(Cause::Kernel)?;
+    dir.write("unbind", &device.to_string()).map_err(|e| Cause::kernel(&e))?;
     read_back(None, driver_of(host, device).as_deref())
 }
 
@@ -327,7 +346,7 @@ fn bind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
         return Err(changed(None, now.as_deref()));
     }
     let dir = host.sys("bus/pci/drivers").sub(&spelled(host, driver));
-    dir.write("bind", &device.to_string()).map_err(Cause::Kernel)?;
+    dir.write("bind", &device.to_string()).map_err(|e| Cause::kernel(&e))?;
     read_back(Some(driver), driver_of(host, device).as_deref())
 }
 
@@ -341,7 +360,7 @@ fn set_override(host: &HostRoot, device: PciAddress, from: Option<&str>, to: Opt
     }
     // A lone newline clears it; an empty write would never reach the kernel.
     let value = to.map_or_else(|| "\n".to_owned(), |driver| spelled(host, driver));
-    host.function(device).write("driver_override", &value).map_err(Cause::Kernel)?;
+    host.function(device).write("driver_override", &value).map_err(|e| Cause::kernel(&e))?;
     let found = Binding::read(host, device)?.driver_override;
     read_back(to, found.as_deref())
 }
@@ -355,7 +374,7 @@ fn load_module(host: &HostRoot, module: &str) -> Done {
     if !host.is_real() {
         return Err(Cause::Program("modules load on a real host only".to_owned()));
     }
-    let output = Command::new("modprobe").arg(module).output().map_err(Cause::Kernel)?;
+    let output = Command::new("modprobe").arg(module).output().map_err(|e| Cause::kernel(&e))?;
     if !output.status.success() {
         return Err(Cause::Program(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
@@ -369,7 +388,7 @@ fn unbind_lock(host: &HostRoot, device: PciAddress) -> Done {
     if locked(host.text(&file)?) {
         return Ok(Outcome::AlreadySo);
     }
-    host.write(&file, "1").map_err(Cause::Kernel)?;
+    host.write(&file, "1").map_err(|e| Cause::kernel(&e))?;
     if locked(host.text(&file)?) { Ok(Outcome::Done) } else { Err(Cause::InUse) }
 }
 
@@ -387,7 +406,7 @@ fn check_viable(host: &HostRoot, group: u32) -> Done {
     match vfio::group_viable(host, group) {
         Ok(true) => Ok(Outcome::Done),
         Ok(false) => read_back(Some("a viable group"), Some("a member on a host driver")),
-        Err(Error::Io { source, .. }) => Err(Cause::Kernel(source)),
+        Err(Error::Io { source, .. }) => Err(Cause::kernel(&source)),
         Err(other) => Err(other.into()),
     }
 }

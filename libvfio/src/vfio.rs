@@ -4,6 +4,7 @@
 //! (`include/uapi/linux/vfio.h`).
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -38,15 +39,23 @@ mod ioctls {
     nix::ioctl_none_bad!(device_reset, nix::request_code_none!(TYPE, BASE + 11));
 }
 
-/// Asks VFIO whether a group may go to a guest (`VFIO_GROUP_GET_STATUS`). Opening the group node is exclusive: `EBUSY` means that a VMM
-/// has it. On a described host, and on kernels without group nodes, the answer is worked out from
-/// the members' drivers by the kernel's rule.
+/// Asks VFIO whether a group may go to a guest (`VFIO_GROUP_GET_STATUS`). Opening the group node is
+/// exclusive: `EBUSY` means that a VMM has it. On a described host, and on kernels without group
+/// nodes, the answer is worked out from the members' drivers by the kernel's rule.
 pub fn group_viable(host: &HostRoot, group: u32) -> Result<bool, Error> {
     let node = host.path(format!("dev/vfio/{group}"));
-    if !host.is_real() || !node.exists() && host.path("dev/vfio/devices").exists() {
+    let file = match open(&node) {
+        Err(Error::Io { source, .. })
+            if source.kind() == ErrorKind::NotFound
+                && (!host.is_real() || host.path("dev/vfio/devices").exists()) =>
+        {
+            None
+        }
+        opened => Some(opened?),
+    };
+    let Some(file) = file.filter(|_| host.is_real()) else {
         return viable_by_drivers(host, group);
-    }
-    let file = open(&node)?;
+    };
     let mut status =
         RawGroupStatus { argsz: size_u32::<RawGroupStatus>(), ..RawGroupStatus::default() };
     // SAFETY: the descriptor is open and `status` is the structure this request fills.

@@ -49,6 +49,9 @@ pub struct Function {
     pub modalias: Option<String>,
     /// Configuration space, as far as it could be read.
     pub config: ConfigSpace,
+    /// Whether a kernel operation on it has not returned: what is read under the device's lock
+    /// could not be.
+    pub stuck: bool,
     /// What could not be read or makes no sense, in words.
     pub problems: Vec<String>,
 }
@@ -159,7 +162,8 @@ impl Function {
         let instance = dir.instance()?;
         let mut problems = Vec::new();
         let mut or_note = Noting(&mut problems);
-        let uevent = or_note.default(dir.attr("uevent")).unwrap_or_default();
+        // Some kernels show it under the device's lock (`uevent_show`, `drivers/base/core.c`).
+        let uevent = or_note.default(dir.locked_attr("uevent")).unwrap_or_default();
         let config = config::parse(&or_note.default(read_config(&dir)));
         let mut function = Self {
             address,
@@ -184,6 +188,7 @@ impl Function {
             sriov: Sriov::None,
             modalias: uevent_value(&uevent, "MODALIAS").map(str::to_owned),
             config,
+            stuck: false,
             problems: Vec::new(),
         };
         problems.extend(function.config.problems.iter().map(ToString::to_string));
@@ -209,7 +214,9 @@ impl Function {
     fn read_changing(&mut self, dir: &SysDir, problems: &mut Vec<String>) {
         let mut or_note = Noting(problems);
         self.driver = dir.link_name("driver");
-        self.driver_override = or_note.default(driver_override(dir));
+        let found = driver_override(dir);
+        self.stuck = found.as_ref().is_err_and(Error::timed_out);
+        self.driver_override = or_note.default(found);
         let vfio_devices = self.driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
         self.vfio_device = vfio_devices.and_then(|names| names.into_iter().next());
         self.iommu_group = dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n));
@@ -292,6 +299,8 @@ impl Sriov {
         if config.coverage > 256 && config.sriov().is_none() {
             return Self::None;
         }
+        let enabled = note.default(dir.locked_attr("sriov_numvfs"));
+        let enabled = enabled.and_then(|text| note.parse("sriov_numvfs", &text));
         let mut number = |name| {
             let text = note.default(dir.attr(name))?;
             note.parse::<u16>(name, &text)
@@ -299,7 +308,7 @@ impl Sriov {
         let Some(total) = number("sriov_totalvfs") else { return Self::None };
         Self::Physical {
             total,
-            enabled: number("sriov_numvfs").unwrap_or(0),
+            enabled: enabled.unwrap_or(0),
             offset: number("sriov_offset").unwrap_or(0),
             stride: number("sriov_stride").unwrap_or(0),
             autoprobe: sriov_autoprobe(dir, note),
@@ -310,7 +319,7 @@ impl Sriov {
     fn reread(&self, dir: &SysDir, note: &mut Noting<'_>) -> Self {
         let mut now = self.clone();
         if let Self::Physical { enabled, autoprobe, .. } = &mut now {
-            let text = note.default(dir.attr("sriov_numvfs"));
+            let text = note.default(dir.locked_attr("sriov_numvfs"));
             *enabled = text.and_then(|text| note.parse("sriov_numvfs", &text)).unwrap_or(0);
             *autoprobe = sriov_autoprobe(dir, note);
         }
@@ -375,9 +384,10 @@ fn read_header(dir: &SysDir) -> Result<[u8; 8], Error> {
     Ok(header)
 }
 
-/// The kernel shows an unset override as `(null)`.
+/// The kernel shows an unset override as `(null)`, under the device's lock
+/// (`driver_override_show`, `drivers/pci/pci-sysfs.c`).
 fn driver_override(dir: &SysDir) -> Result<Option<String>, Error> {
-    let text = dir.attr("driver_override")?;
+    let text = dir.locked_attr("driver_override")?;
     Ok(text.filter(|name| !name.is_empty() && name != "(null)"))
 }
 
