@@ -32,6 +32,8 @@ pub struct Claim {
     pub lease: String,
     /// Its tenant.
     pub tenant: String,
+    /// Whether a step on its devices does not return.
+    pub wedged: bool,
 }
 
 /// What planning must know beside the inventory.
@@ -99,10 +101,11 @@ impl Refusal {
 fn weight(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Unsupported => 0,
-        ErrorKind::AlreadyLeased => 1,
-        ErrorKind::Protected => 2,
-        ErrorKind::NotViable => 3,
-        _ => 4,
+        ErrorKind::Wedged => 1,
+        ErrorKind::AlreadyLeased => 2,
+        ErrorKind::Protected => 3,
+        ErrorKind::NotViable => 4,
+        _ => 5,
     }
 }
 
@@ -210,6 +213,14 @@ fn refuse_function(
     if let Some(claim) = circumstances.claims.get(&address) {
         return vec![leased(address, claim)];
     }
+    if function.stuck {
+        return vec![reason(
+            ErrorKind::Wedged,
+            "stuck",
+            "cannot be read: a kernel operation on it has not returned".into(),
+            "see 'journalctl -k' for it; if it never returns, only a reboot helps".into(),
+        )];
+    }
     let mut reasons = Vec::new();
     if function.iommu_group.is_none() || inventory.platform.isolation == Isolation::None {
         reasons.push(reason(
@@ -287,6 +298,15 @@ fn refuse_sibling(
 }
 
 fn leased(address: PciAddress, claim: &Claim) -> Reason {
+    if claim.wedged {
+        return Reason {
+            kind: ErrorKind::Wedged,
+            code: "wedged",
+            object: address.to_string(),
+            text: format!("is wedged: a step of lease {} has not returned", claim.lease),
+            remedy: "see 'vfioctl leases'; if it never returns, only a reboot helps".to_owned(),
+        };
+    }
     Reason {
         kind: ErrorKind::AlreadyLeased,
         code: "leased",

@@ -10,3 +10,6 @@ pub mod lab;
 
 #[cfg(feature = "sim")]
 pub mod sim;
+
+#[cfg(feature = "trial")]
+pub mod trial;

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use libvfio::address::PciAddress;
+use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::inventory::Inventory;
 use libvfio::pci::Binding;
 use nix::errno::Errno;
-use tokio::sync::mpsc::unbounded_channel;
-use vfiod::broker::Broker;
+use vfiod::broker::{Asker, Broker};
 use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
-use vfiod::request::{AttachOptions, ReleaseOptions};
+use vfiod::request::ReleaseOptions;
 use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim, WORKSTATION};
+use vfiod_tests::trial::{self, Setting, eventually};
 
 /// The GPU of the workstation and its audio function.
 const GPU: &str = "0000:01:00.0";
@@ -24,7 +26,7 @@ fn at(address: &str) -> PciAddress {
 }
 
 /// A host whose `vfio-pci` is loaded, a place for leases, and the first daemon on it.
-fn start() -> (Sim, tempfile::TempDir, Broker) {
+fn start() -> (Sim, tempfile::TempDir, Arc<Broker>) {
     let sim = Sim::mount(&Described::parse(WORKSTATION).unwrap()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let broker = daemon(&sim, dir.path());
@@ -32,15 +34,16 @@ fn start() -> (Sim, tempfile::TempDir, Broker) {
 }
 
 /// A daemon that has just started on a host where others may have run before.
-fn daemon(sim: &Sim, leases: &Path) -> Broker {
-    let (tell, _) = unbounded_channel();
-    let broker = Broker::open(sim.host(), Ledger::open(leases).unwrap(), tell).unwrap();
-    broker.recover();
-    broker
+fn daemon(sim: &Sim, leases: &Path) -> Arc<Broker> {
+    setting(sim, leases).start().unwrap()
 }
 
-fn attach(broker: &Broker, device: &str) -> Result<Lease, libvfio::client::Failure> {
-    broker.attach(&[device.to_owned()], "alice", &AttachOptions::default(), 0)
+fn setting(sim: &Sim, leases: &Path) -> Setting {
+    Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), leases)
+}
+
+fn attach(broker: &Arc<Broker>, device: &str) -> Result<Lease, Failure> {
+    trial::attach(broker, device, "alice")
 }
 
 fn bindings(sim: &Sim) -> BTreeMap<PciAddress, Binding> {
@@ -151,6 +154,13 @@ fn wherever_a_daemon_was_stopped_the_next_undoes_it() {
     }
 }
 
+/// Why a lease failed, once it has.
+fn failed(broker: &Broker, lease: &Lease) -> String {
+    let now = || broker.lease(&lease.id).unwrap();
+    assert!(eventually(|| now().state == State::Failed), "{:?}", now());
+    now().reason.unwrap()
+}
+
 #[test]
 fn unplugging_a_leased_device_fails_its_lease_and_nothing_is_inherited() {
     let (sim, _dir, broker) = start();
@@ -159,9 +169,8 @@ fn unplugging_a_leased_device_fails_its_lease_and_nothing_is_inherited() {
         sim.unplug(at(address)).unwrap();
     }
     broker.notice([at(GPU), at(AUDIO)]);
-    let failed = broker.lease(&lease.id).unwrap();
-    assert_eq!(failed.state, State::Failed);
-    assert!(failed.reason.unwrap().contains("was unplugged"));
+    let failed = failed(&broker, &lease);
+    assert!(failed.contains("was unplugged"), "{failed}");
     for address in [GPU, AUDIO] {
         sim.plug(at(address)).unwrap();
     }
@@ -179,9 +188,72 @@ fn a_device_taken_behind_our_back_fails_its_lease() {
     let unbind = sim.root().join("sys/bus/pci/drivers/vfio-pci/unbind");
     std::fs::write(unbind, AUDIO).unwrap();
     broker.notice([at(AUDIO)]);
-    let failed = broker.lease(&lease.id).unwrap();
-    assert_eq!(failed.state, State::Failed);
-    assert!(failed.reason.unwrap().contains("by somebody else"));
+    let failed = failed(&broker, &lease);
+    assert!(failed.contains("by somebody else"), "{failed}");
     let gpu = &bindings(&sim)[&at(GPU)];
     assert_eq!(gpu.driver_override, None, "what was left was not given back");
+}
+
+#[test]
+fn an_override_changed_behind_our_back_fails_the_lease() {
+    let (sim, _dir, broker) = start();
+    let lease = attach(&broker, GPU).unwrap();
+    std::fs::write(sim.function(at(GPU)).join("driver_override"), "pci-stub").unwrap();
+    broker.look_at_overrides();
+    let failed = failed(&broker, &lease);
+    assert!(failed.contains("from vfio-pci to pci-stub"), "{failed}");
+}
+
+#[test]
+fn a_held_device_is_waited_for_and_goes_back_by_itself() {
+    let (sim, _dir, broker) = start();
+    let before = bindings(&sim);
+    let lease = attach(&broker, GPU).unwrap();
+    let group = broker.device(at(GPU)).unwrap().iommu_group.unwrap();
+    let guest = std::fs::File::open(sim.root().join(format!("dev/vfio/{group}"))).unwrap();
+    let refused = broker.release(&lease.id, &ReleaseOptions::default()).unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Busy), "{refused}");
+    assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
+    let waiting = broker.lease(&lease.id).unwrap();
+    assert_eq!(waiting.state, State::Releasing);
+    assert!(attach(&broker, GPU).is_err());
+    drop(guest);
+    let wait = ReleaseOptions { wait: true, ..ReleaseOptions::default() };
+    broker.release(&lease.id, &wait).unwrap();
+    assert_eq!(bindings(&sim), before);
+}
+
+#[test]
+fn a_step_that_does_not_return_wedges_its_lease_alone() {
+    let (sim, dir, _) = start();
+    let deadlines = vec!["unbind=0.2".to_owned()];
+    let setting = Setting { deadlines, ..setting(&sim, &dir.path().join("short")) };
+    let broker = setting.start().unwrap();
+    let effect = Effect::BlockForever;
+    sim.arm(Fault { on: Operation::Unbind, device: Some(at(GPU)), nth: 1, effect });
+    let error = attach(&broker, GPU).unwrap_err();
+    assert_eq!(error.kind(), Some(ErrorKind::Wedged), "{error}");
+    assert!(error.to_string().contains("unbind"), "{error}");
+    let again = attach(&broker, GPU).unwrap_err();
+    assert_eq!(again.kind(), Some(ErrorKind::Wedged), "{again}");
+    let other = attach(&broker, "0000:00:14.0").unwrap();
+    broker.release(&other.id, &ReleaseOptions::default()).unwrap();
+    // Another daemon finds the old worker at it, and leaves it alone as well.
+    let next = setting.start().unwrap();
+    let found = next.leases();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].state, State::Wedged);
+}
+
+#[test]
+fn a_lease_ends_with_its_process() {
+    let (sim, _dir, broker) = start();
+    let before = bindings(&sim);
+    let mut owner = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let options = vfiod::request::AttachOptions { pid: Some(owner.id()), ..Default::default() };
+    broker.attach(&[GPU.to_owned()], "alice", &options, Asker::default()).unwrap();
+    owner.kill().unwrap();
+    assert!(eventually(|| broker.leases().is_empty()));
+    owner.wait().unwrap();
+    assert_eq!(bindings(&sim), before);
 }

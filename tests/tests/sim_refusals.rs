@@ -73,7 +73,7 @@ fn a_physical_function_with_virtual_ones_is_busy() {
 
 #[test]
 fn one_leased_function_holds_its_whole_device() {
-    let claim = Claim { lease: "3f9a2c81".into(), tenant: "alice".into() };
+    let claim = Claim { lease: "3f9a2c81".into(), tenant: "alice".into(), wedged: false };
     let refusal = refusal(WORKSTATION, GPU, BTreeMap::from([(at("01:00.1"), claim)]));
     assert_refused(&refusal, ErrorKind::AlreadyLeased, &["0000:01:00.1", "alice", "3f9a2c81"]);
 }

@@ -1,12 +1,18 @@
 //! The one owner of assignment: inventory, leases and what may be done with them. Knows nothing
-//! of the bus; tells of changes through a channel. Its methods read the host and run steps, so
-//! they block: the service calls them from threads that may.
+//! of the bus; tells of changes through a channel. Its methods read the host and wait for steps, so
+//! they block: the service calls them from threads that may. Steps are walked on threads of their
+//! own, one for each lease that moves, so that nobody waits for another's device.
 
+mod ending;
 mod leasing;
 mod watching;
 
+pub use leasing::Asker;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use libvfio::address::PciAddress;
 use libvfio::client::{DeviceRecord, Failure, GroupRecord, PlanRecord};
@@ -20,8 +26,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::error;
 
 use crate::lease::{Lease, State};
-use crate::ledger::Ledger;
 use crate::request::{AttachOptions, check_devices};
+use crate::transition::Walker;
 
 /// What happened, for whoever watches.
 #[derive(Debug)]
@@ -80,16 +86,34 @@ impl Property {
 /// The owner of assignment.
 #[derive(Debug)]
 pub struct Broker {
-    host: HostRoot,
-    ledger: Ledger,
+    walker: Walker,
     changes: UnboundedSender<Change>,
     data: Mutex<Data>,
+    /// A lease has come to its end.
+    ended: Condvar,
+    /// Counts looks at functions, so that of two at the same time the later one counts.
+    looks: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Data {
     inventory: Arc<Inventory>,
     leases: BTreeMap<String, Lease>,
+    /// The look that told of each function.
+    looked: BTreeMap<PciAddress, u64>,
+    /// Leases that something has happened to, until it is clear what.
+    judged: BTreeSet<String>,
+}
+
+/// Somebody who waits for one answer. Work may go on after it was given.
+#[derive(Debug)]
+struct Reply<T>(SyncSender<Result<T, Failure>>);
+
+impl<T> Reply<T> {
+    /// The first answer counts.
+    fn give(&self, answer: Result<T, Failure>) {
+        let _ = self.0.try_send(answer);
+    }
 }
 
 impl Data {
@@ -101,18 +125,36 @@ impl Data {
 
 impl Broker {
     /// Reads the host and the ledger. Unfinished leases are left for [`recover`](Self::recover).
-    pub fn open(
-        host: HostRoot,
-        ledger: Ledger,
-        changes: UnboundedSender<Change>,
-    ) -> anyhow::Result<Self> {
-        let inventory = Arc::new(Inventory::scan(&host)?);
-        let (leases, aside) = ledger.load()?;
+    pub fn open(walker: Walker, changes: UnboundedSender<Change>) -> anyhow::Result<Self> {
+        let inventory = Arc::new(Inventory::scan(&walker.host)?);
+        let (leases, aside) = walker.ledger.load()?;
         for file in aside {
             error!(path = %file.path.display(), reason = file.reason, "a lease file was set aside");
         }
         let leases = leases.into_iter().map(|lease| (lease.id.clone(), lease)).collect();
-        Ok(Self { host, ledger, changes, data: Mutex::new(Data { inventory, leases }) })
+        let (looked, judged) = (BTreeMap::new(), BTreeSet::new());
+        Ok(Self {
+            walker,
+            changes,
+            data: Mutex::new(Data { inventory, leases, looked, judged }),
+            ended: Condvar::new(),
+            looks: AtomicU64::new(1),
+        })
+    }
+
+    /// Has work done on a thread of its own, and answers as soon as the work has an answer.
+    fn apart<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Arc<Self>, &Reply<T>) + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (reply, answer) = sync_channel(1);
+        let broker = self.clone();
+        std::thread::spawn(move || work(&broker, &Reply(reply)));
+        answer.recv().unwrap_or_else(|_| Err(internal("a fault of vfiod: see its journal")))
+    }
+
+    fn host(&self) -> &HostRoot {
+        &self.walker.host
     }
 
     fn data(&self) -> MutexGuard<'_, Data> {
@@ -150,22 +192,17 @@ impl Broker {
     pub fn list_devices(&self, brief: bool) -> Vec<DeviceRecord> {
         let data = self.data();
         let claims = claims_by_device(&data.leases);
-        data.inventory
-            .functions()
-            .map(|f| {
-                with_lease(
-                    device_record(&data.inventory, f, brief),
-                    claims.get(&f.address).copied(),
-                )
-            })
-            .collect()
+        let record = |f: &Arc<Function>| {
+            device_record(&data.inventory, f, claims.get(&f.address).copied(), brief)
+        };
+        data.inventory.functions().map(record).collect()
     }
 
     /// One function's record.
     pub fn device(&self, address: PciAddress) -> Option<DeviceRecord> {
         let data = self.data();
-        let record = device_record(&data.inventory, data.inventory.get(address)?, false);
-        Some(with_lease(record, data.holder(address)))
+        let function = data.inventory.get(address)?;
+        Some(device_record(&data.inventory, function, data.holder(address), false))
     }
 
     /// The id of the lease that holds a function.
@@ -188,7 +225,7 @@ impl Broker {
     /// What attaching would do, or why it would not.
     pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
         let request = self.request(names, options)?;
-        let uses = protection::uses(&self.host, &self.refresh_around(&request)?)?;
+        let uses = protection::uses(self.host(), &self.refresh_around(&request)?)?;
         let data = self.data();
         let planned = plan_within(&data, &request, uses);
         let mut groups: Vec<u32> =
@@ -211,7 +248,7 @@ impl Broker {
         drop(inventory);
         self.refresh(addresses.iter().copied());
         let mut data = self.data();
-        Arc::make_mut(&mut data.inventory).refresh_vfio(&self.host)?;
+        Arc::make_mut(&mut data.inventory).refresh_vfio(self.host())?;
         let of_use = |address: &PciAddress| {
             data.inventory.get(*address).is_some_and(|f| f.driver.is_some() && !f.on_vfio())
         };
@@ -237,7 +274,8 @@ fn plan_within(
     uses: Vec<protection::Use>,
 ) -> Result<Plan, Refusal> {
     let claim = |(device, lease): (PciAddress, &Lease)| {
-        (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone() })
+        let wedged = lease.state == State::Wedged;
+        (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone(), wedged })
     };
     let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
     plan::attach(&data.inventory, &Circumstances { claims, uses }, request)
@@ -248,19 +286,22 @@ fn claims_by_device(leases: &BTreeMap<String, Lease>) -> BTreeMap<PciAddress, &L
     holding.flat_map(|lease| lease.devices.keys().map(move |device| (*device, lease))).collect()
 }
 
-fn device_record(inventory: &Inventory, function: &Function, brief: bool) -> DeviceRecord {
-    if brief {
+fn device_record(
+    inventory: &Inventory,
+    function: &Function,
+    lease: Option<&Lease>,
+    brief: bool,
+) -> DeviceRecord {
+    let record = if brief {
         DeviceRecord::brief(inventory, function)
     } else {
         DeviceRecord::full(inventory, function)
-    }
-}
-
-fn with_lease(record: DeviceRecord, lease: Option<&Lease>) -> DeviceRecord {
+    };
     DeviceRecord {
         lease: lease.map(|l| l.id.clone()),
         tenant: lease.map(|l| l.tenant.clone()),
         lease_state: lease.map(|l| l.state.name().to_owned()),
+        external: (function.on_vfio() && lease.is_none()).then_some(true),
         ..record
     }
 }

@@ -3,10 +3,12 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
+use libvfio::address::PciAddress;
 use libvfio::host::HostRoot;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::unbounded_channel;
@@ -17,7 +19,14 @@ use tracing_subscriber::prelude::*;
 use crate::broker::Broker;
 use crate::ledger::Ledger;
 use crate::service::Service;
+use crate::transition::Walker;
 use crate::uevent::{Hint, Uevents};
+use crate::worker::{self, Deadline, Deadlines, Reader, Workers};
+
+/// How long reading an attribute may take before its device counts as stuck.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often one looks at overrides, which change without a report.
+const LOOKING: Duration = Duration::from_secs(5);
 
 /// What is below the options in `--help` and in the manual page.
 const MORE: &str = "\
@@ -38,7 +47,7 @@ See also:
 /// Serves org.vfiod1 on the system bus: brings whole IOMMU groups to VFIO for a tenant, remembers
 /// who has what, and gives every function back to the driver it had. systemd starts it.
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = MORE)]
+#[command(version, about, after_help = MORE, args_conflicts_with_subcommands = true)]
 pub struct Args {
     /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
@@ -49,10 +58,31 @@ pub struct Args {
     /// The bus to serve on, as a D-Bus address, instead of the system bus
     #[arg(long, value_name = "ADDRESS")]
     bus: Option<String>,
+    /// How long a kind of step may take before its device counts as wedged, such as unbind=30; may
+    /// be repeated
+    #[arg(long = "deadline", value_name = "KIND=SECONDS")]
+    deadlines: Vec<Deadline>,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// What the program is beside the daemon.
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Carry out steps that the daemon asks for on standard input
+    #[command(hide = true)]
+    Worker {
+        /// Where the host's sys, proc, dev and lib/modules are
+        #[arg(long, value_name = "DIR")]
+        root: PathBuf,
+    },
 }
 
 /// Runs the daemon until it is told to stop.
 pub fn main(args: &Args) -> anyhow::Result<()> {
+    if let Some(Part::Worker { root }) = &args.part {
+        return Ok(worker::serve(root)?);
+    }
     start_logging();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(run(args));
@@ -67,8 +97,17 @@ async fn run(args: &Args) -> anyhow::Result<()> {
     let ledger = Ledger::open(&args.leases)
         .with_context(|| format!("cannot open the lease ledger in {}", args.leases.display()))?;
     let (tell, changes) = unbounded_channel();
-    let host = HostRoot::new(&args.root);
-    let broker = Arc::new(Broker::open(host, ledger, tell.clone())?);
+    let (loose, legible) = std::sync::mpsc::channel();
+    // Itself, also when its file has been replaced by another version.
+    let workers = Arc::new(Workers::new("/proc/self/exe", &args.root));
+    let reader = Reader::new(workers.clone(), PATIENCE, loose);
+    let walker = Walker {
+        host: HostRoot::new(&args.root).with_patience(Arc::new(reader)),
+        ledger,
+        workers: workers.clone(),
+        deadlines: Deadlines::with(args.deadlines.iter().copied()),
+    };
+    let broker = Arc::new(Broker::open(walker, tell.clone())?);
     broker.recover();
     let builder = match &args.bus {
         Some(address) => zbus::connection::Builder::address(address.as_str()),
@@ -84,12 +123,31 @@ async fn run(args: &Args) -> anyhow::Result<()> {
         "ready"
     );
     notify(&[sd_notify::NotifyState::Ready]);
-    std::thread::spawn(move || watch(&broker, &uevents));
+    follow(&broker, uevents, legible);
+    // One reads while another carries out the first step.
+    if let Err(error) = workers.prepare() {
+        warn!(%error, "no worker could be started; it is tried again with the first step");
+    }
     wait(&service).await
 }
 
-/// Runs on a thread of its own, in the order of the kernel's reports, until the process ends.
-fn watch(broker: &Broker, uevents: &Uevents) {
+/// Starts the threads that look at what changes, which run until the process ends.
+fn follow(broker: &Arc<Broker>, uevents: Uevents, legible: Receiver<PciAddress>) {
+    let watching = broker.clone();
+    std::thread::spawn(move || watch(&watching, &uevents));
+    let reading = broker.clone();
+    std::thread::spawn(move || legible.iter().for_each(|address| reading.notice([address])));
+    let looking = broker.clone();
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(LOOKING);
+            looking.look_at_overrides();
+        }
+    });
+}
+
+/// In the order of the kernel's reports.
+fn watch(broker: &Arc<Broker>, uevents: &Uevents) {
     loop {
         match uevents.wait() {
             Ok(Hint::Look(addresses)) => broker.notice(addresses),

@@ -2,6 +2,7 @@
 //! its record on disk; touches nothing by itself.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{LeaseRecord, StepRecord};
@@ -25,8 +26,14 @@ pub struct Lease {
     pub created: u64,
     /// Where it is in its life.
     pub state: State,
-    /// Why it failed.
+    /// Why it failed, or what it waits for.
     pub reason: Option<String>,
+    /// Why it will have failed once its devices are back, if it was not released.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// What it ends with, if not by release alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bound: Option<Bound>,
     /// Its functions, and how each was found.
     pub devices: BTreeMap<PciAddress, Found>,
     /// The way to the guest. The first step without an outcome may or may not have happened.
@@ -43,8 +50,11 @@ pub enum State {
     Preparing,
     /// A guest may use its devices.
     Active,
-    /// Its devices are on their way back.
+    /// Its devices are on their way back, or wait for whoever still holds them open.
     Releasing,
+    /// A step on its devices has not returned in time. Goes on if it ever does; else it takes a
+    /// reboot.
+    Wedged,
     /// It ended otherwise than by release; kept until dismissed, holds nothing.
     Failed,
 }
@@ -56,7 +66,42 @@ impl State {
             Self::Preparing => "preparing",
             Self::Active => "active",
             Self::Releasing => "releasing",
+            Self::Wedged => "wedged",
             Self::Failed => "failed",
+        }
+    }
+
+    /// Whether steps are, or may be, under way.
+    pub fn moves(self) -> bool {
+        matches!(self, Self::Preparing | Self::Releasing | Self::Wedged)
+    }
+}
+
+/// What a lease ends with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bound {
+    /// A process.
+    Process {
+        /// Its id.
+        pid: u32,
+        /// When it started, in clock ticks since boot: ids are used again.
+        started: u64,
+    },
+    /// A connection to the bus.
+    Connection {
+        /// Its unique name, which its bus never gives again.
+        name: String,
+        /// The id of that bus.
+        bus: String,
+    },
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { pid, .. } => write!(f, "process {pid}"),
+            Self::Connection { name, .. } => write!(f, "connection {name}"),
         }
     }
 }
@@ -94,6 +139,15 @@ impl Lease {
         Recorded::todo(plan::undo(self.forward.iter().take(begun).map(|r| &r.step)))
     }
 
+    /// The override a function has while the lease is active.
+    pub fn expected_override(&self, device: PciAddress) -> Option<&String> {
+        let set = self.forward.iter().rev().find_map(|recorded| match &recorded.step {
+            Step::SetOverride { device: of, to, .. } if *of == device => Some(to.as_ref()),
+            _ => None,
+        });
+        set.unwrap_or_else(|| self.devices.get(&device)?.before.driver_override.as_ref())
+    }
+
     /// Whether it keeps its devices from others.
     pub fn holds(&self, device: PciAddress) -> bool {
         self.state != State::Failed && self.devices.contains_key(&device)
@@ -108,6 +162,7 @@ impl Lease {
             vm: self.vm.clone(),
             state: self.state.name().to_owned(),
             reason: self.reason.clone(),
+            bound: self.bound.as_ref().map(ToString::to_string),
             devices: self.devices.keys().map(ToString::to_string).collect(),
             owner: self.owner,
             created: self.created,

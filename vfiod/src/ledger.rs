@@ -1,12 +1,13 @@
 //! Leases on disk: one file each, replaced whole, so that a crash leaves the old or the new one.
 //! Touches its own directory only. Kernel state dies at reboot, so the directory is in `/run`.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::crash;
 use crate::lease::Lease;
 
 /// The form of the files; a file of another form is set aside.
@@ -52,18 +53,50 @@ impl Ledger {
     pub fn write(&self, lease: &Lease) -> io::Result<()> {
         let path = self.path(&lease.id);
         let draft = path.with_extension("new");
+        crash::point("before the ledger is written");
         let mut file = File::create(&draft)?;
         file.write_all(&serde_json::to_vec(&Writing { form: FORM, lease })?)?;
         file.sync_data()?;
-        fs::rename(&draft, &path)
+        crash::point("before the ledger's draft becomes the record");
+        fs::rename(&draft, &path)?;
+        crash::point("after the ledger was written");
+        Ok(())
+    }
+
+    /// The lock of a lease, once nobody has it: the workers of a daemon before this one hold it
+    /// until the step they are at is done. Blocks; it is given up when all its copies are closed.
+    pub fn lock(&self, id: &str) -> io::Result<File> {
+        let file = self.lock_file(id)?;
+        file.lock()?;
+        Ok(file)
+    }
+
+    /// Like [`lock`](Self::lock), but `None` if somebody has it.
+    pub fn try_lock(&self, id: &str) -> io::Result<Option<File>> {
+        let file = self.lock_file(id)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    fn lock_file(&self, id: &str) -> io::Result<File> {
+        let path = self.path(id).with_extension("lock");
+        File::options().create(true).truncate(false).write(true).open(path)
     }
 
     /// Forgets a lease that has ended.
     pub fn remove(&self, id: &str) -> io::Result<()> {
-        match fs::remove_file(self.path(id)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
+        crash::point("before a lease's record is removed");
+        for path in [self.path(id), self.path(id).with_extension("lock")] {
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
         }
+        crash::point("after a lease's record was removed");
+        Ok(())
     }
 
     /// Reads all leases. What is not a lease is set aside, never in the way.
@@ -121,6 +154,8 @@ mod tests {
             created,
             state: State::Active,
             reason: None,
+            failure: None,
+            bound: None,
             devices: std::collections::BTreeMap::new(),
             forward: Vec::new(),
             backward: Vec::new(),

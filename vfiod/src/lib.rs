@@ -1,14 +1,18 @@
 //! The daemon: one owner of device assignment on a host, for everyone on the bus.
 //!
-//! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] carries steps out,
-//! [`ledger`] keeps leases through restarts, [`authority`] asks who may, [`uevent`] listens.
+//! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] has steps carried out
+//! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`owner`] waits for whom they
+//! end with, [`authority`] asks who may, [`uevent`] listens.
 
 pub mod authority;
 pub mod broker;
+mod crash;
 pub mod daemon;
 pub mod lease;
 pub mod ledger;
+pub mod owner;
 pub mod request;
 pub mod service;
 pub mod transition;
 pub mod uevent;
+pub mod worker;

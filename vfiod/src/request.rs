@@ -23,6 +23,10 @@ pub struct AttachOptions {
     pub whole_group: bool,
     /// Accept devices somebody else has put on VFIO.
     pub adopt: bool,
+    /// End the lease when this process does.
+    pub pid: Option<u32>,
+    /// End the lease when the caller leaves the bus.
+    pub while_connected: bool,
 }
 
 /// Options of releasing.
@@ -30,6 +34,8 @@ pub struct AttachOptions {
 pub struct ReleaseOptions {
     /// Reset the functions that can be reset by themselves before they leave VFIO.
     pub reset: bool,
+    /// Answer when all has ended, however long devices are held open.
+    pub wait: bool,
 }
 
 /// Options of listing.
@@ -81,8 +87,18 @@ impl AttachOptions {
                 "vm" => options.vm = Some(text(key, value)?),
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
-                _ => return Err(unknown(key, &["vm", "whole_group", "adopt"])),
+                "pid" => options.pid = Some(number(key, value)?),
+                "while_connected" => options.while_connected = flag(key, value)?,
+                _ => {
+                    let known = ["vm", "whole_group", "adopt", "pid", "while_connected"];
+                    return Err(unknown(key, &known));
+                }
             }
+        }
+        if options.pid.is_some() && options.while_connected {
+            return Err(invalid(
+                "a lease ends with one thing: give either 'pid' or 'while_connected'".to_owned(),
+            ));
         }
         if let Some(vm) = &options.vm {
             check_name("virtual machine", vm)?;
@@ -98,7 +114,8 @@ impl ReleaseOptions {
         for (key, value) in raw {
             match key.as_str() {
                 "reset" => options.reset = flag(key, value)?,
-                _ => return Err(unknown(key, &["reset"])),
+                "wait" => options.wait = flag(key, value)?,
+                _ => return Err(unknown(key, &["reset", "wait"])),
             }
         }
         Ok(options)
@@ -127,6 +144,11 @@ fn unknown(key: &str, known: &[&str]) -> Failure {
 fn flag(key: &str, value: &OwnedVariant) -> Result<bool, Failure> {
     bool::try_from(value.try_clone().map_err(|_| wrong(key, "a boolean"))?)
         .map_err(|_| wrong(key, "a boolean"))
+}
+
+fn number(key: &str, value: &OwnedVariant) -> Result<u32, Failure> {
+    u32::try_from(value.try_clone().map_err(|_| wrong(key, "a number of type u"))?)
+        .map_err(|_| wrong(key, "a number of type u"))
 }
 
 fn text(key: &str, value: &OwnedVariant) -> Result<String, Failure> {
@@ -167,6 +189,11 @@ mod tests {
         assert_eq!(AttachOptions::read(&raw("vm", "a")).unwrap().vm.as_deref(), Some("a"));
         assert!(AttachOptions::read(&raw("vm", 1u32)).is_err());
         assert!(AttachOptions::read(&raw("vm", "a b")).is_err());
+        assert_eq!(AttachOptions::read(&raw("pid", 7u32)).unwrap().pid, Some(7));
+        assert!(AttachOptions::read(&raw("pid", "7")).is_err());
+        let mut both = raw("pid", 7u32);
+        both.extend(raw("while_connected", true));
+        assert!(AttachOptions::read(&both).is_err());
         let error = ReleaseOptions::read(&raw("rest", true)).unwrap_err().to_string();
         assert!(error.contains("reset"), "{error}");
     }

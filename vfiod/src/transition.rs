@@ -1,15 +1,22 @@
 //! Carries the steps of a lease out, one after another, with the ledger written between them.
-//! Changes the kernel through [`libvfio::step`] alone. Blocks: never call it from the bus's task.
+//! Changes the kernel through workers alone. Blocks: never call it from the bus's task.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
+use libvfio::address::PciAddress;
+use libvfio::error::ErrorKind;
 use libvfio::host::HostRoot;
-use libvfio::step::StepError;
+use libvfio::step::{Outcome, Step, StepError};
 use tracing::{debug, warn};
 
-use crate::lease::{Lease, Recorded};
+use crate::crash;
+use crate::lease::Lease;
 use crate::ledger::Ledger;
+use crate::worker::{Carried, Deadlines, Workers};
 
 /// Why a way was not walked to its end.
 #[derive(Debug, thiserror::Error)]
@@ -20,52 +27,165 @@ pub enum Stopped {
     /// The ledger could not be written, so nothing more was changed.
     #[error("cannot write the lease ledger: {0}; free space in /run and try again")]
     Ledger(#[from] io::Error),
+    /// A step took longer than it may.
+    #[error("the kernel did not {step} within {} s", limit.as_secs_f32())]
+    Late {
+        /// The step.
+        step: Step,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// The process that was to carry a step out ended, or was never there.
+    #[error("no worker could {step}: {source}; see the journal of vfiod")]
+    Lost {
+        /// The step.
+        step: Step,
+        /// What became of the worker.
+        source: io::Error,
+    },
+    /// Another device is where the lease's was.
+    #[error("another device is at {0} now, which is left as it is")]
+    Stranger(PciAddress),
 }
 
-/// Walks the way to the guest and stops at the first step that fails.
-pub fn forward(host: &HostRoot, ledger: &Ledger, lease: &mut Lease) -> Result<(), Stopped> {
-    ledger.write(lease)?;
-    for at in 0..lease.forward.len() {
-        let step = &lease.forward[at].step;
-        let outcome = step.execute(host)?;
+impl Stopped {
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Step(error) => error.kind(),
+            Self::Ledger(_) | Self::Lost { .. } => ErrorKind::Internal,
+            Self::Late { .. } => ErrorKind::Wedged,
+            Self::Stranger(_) => ErrorKind::IdentityMismatch,
+        }
+    }
+}
+
+/// Whoever wants to know when a step does not return in time, and when it does after all.
+pub trait Watcher {
+    /// `step` has not returned within `limit`.
+    fn late(&self, lease: &mut Lease, step: &Step, limit: Duration);
+    /// It has now.
+    fn loose(&self, lease: &mut Lease);
+}
+
+/// What it takes to walk.
+#[derive(Debug, Clone)]
+pub struct Walker {
+    /// The host.
+    pub host: HostRoot,
+    /// Where each step is recorded.
+    pub ledger: Ledger,
+    /// Who carries steps out.
+    pub workers: Arc<Workers>,
+    /// How long each may take.
+    pub deadlines: Deadlines,
+}
+
+/// One lease's way, there or back.
+#[allow(missing_debug_implementations)] // It is never kept.
+pub struct Walk<'a> {
+    walker: &'a Walker,
+    watcher: &'a dyn Watcher,
+    /// Held until no worker is at a step of the lease any more. Without it, which only a directory
+    /// that cannot be written to explains, a restart could not see that one is.
+    lock: Option<File>,
+}
+
+impl Walker {
+    /// To walk the way of the lease with this id. Waits for the worker of an earlier daemon that is
+    /// still at a step of it.
+    pub fn walk<'a>(&'a self, id: &str, watcher: &'a dyn Watcher) -> Walk<'a> {
+        let lock = self.ledger.lock(id);
+        let lock = lock.inspect_err(|error| warn!(lease = id, %error, "cannot lock a lease")).ok();
+        Walk { walker: self, watcher, lock }
+    }
+}
+
+impl Walk<'_> {
+    /// Walks the way to the guest and stops at the first step that fails or is late.
+    pub fn forward(&self, lease: &mut Lease) -> Result<(), Stopped> {
+        self.write(lease)?;
+        for at in 0..lease.forward.len() {
+            let step = lease.forward[at].step.clone();
+            let Done { outcome, late } = self.carry_out(lease, &step)?;
+            lease.forward[at].outcome = Some(outcome);
+            if let Some(limit) = late {
+                return Err(Stopped::Late { step, limit });
+            }
+            // The last outcome is written with the state that follows from it.
+            if at + 1 < lease.forward.len() {
+                self.write(lease)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Walks the way back as far as it can: a function whose step fails is left where it is, as are
+    /// `strangers`; the others go home. Returns what failed.
+    pub fn backward(&self, lease: &mut Lease, strangers: &BTreeSet<PciAddress>) -> Vec<Stopped> {
+        let mut failures: Vec<Stopped> = strangers.iter().copied().map(Stopped::Stranger).collect();
+        let mut stuck = strangers.clone();
+        for at in 0..lease.backward.len() {
+            let step = lease.backward[at].step.clone();
+            let device = step.device();
+            let gone = device.is_some_and(|d| !self.walker.host.function(d).path().exists());
+            let done = lease.backward[at].outcome.is_some();
+            if done || gone || device.is_some_and(|d| stuck.contains(&d)) {
+                continue;
+            }
+            if let Err(error) = self.write(lease) {
+                // Giving devices back matters more than recording it: a restart reads the kernel.
+                warn!(lease = lease.id, %error, "cannot write the lease ledger");
+            }
+            match self.carry_out(lease, &step) {
+                Ok(Done { outcome, .. }) => lease.backward[at].outcome = Some(outcome),
+                Err(error) => {
+                    warn!(lease = lease.id, step = step.name(), %error, "a step back failed");
+                    stuck.extend(device);
+                    failures.push(error);
+                }
+            }
+        }
+        failures
+    }
+
+    /// Has one step carried out, however long that takes.
+    pub fn carry_out(&self, lease: &mut Lease, step: &Step) -> Result<Done, Stopped> {
+        let lost = |source| Stopped::Lost { step: step.clone(), source };
+        let limit = self.walker.deadlines.of(step);
+        crash::point("before a step");
+        let call = self.walker.workers.step(step, self.lock.as_ref()).map_err(lost)?;
+        let (carried, late): (Carried, _) = match call.carried(Some(limit)).map_err(lost)? {
+            Ok(carried) => (carried, None),
+            Err(call) => {
+                self.watcher.late(lease, step, limit);
+                let carried = call.carried(None);
+                self.watcher.loose(lease);
+                let Ok(carried) = carried.map_err(lost)? else { return Err(lost(ended())) };
+                (carried, Some(limit))
+            }
+        };
+        crash::point("after a step");
+        let outcome = carried?;
         debug!(lease = lease.id, step = step.name(), ?outcome, "{step}");
-        lease.forward[at].outcome = Some(outcome);
-        // The last outcome is written with the state that follows from it.
-        if at + 1 < lease.forward.len() {
-            ledger.write(lease)?;
-        }
+        Ok(Done { outcome, late })
     }
-    Ok(())
+
+    fn write(&self, lease: &Lease) -> io::Result<()> {
+        self.walker.ledger.write(lease)
+    }
 }
 
-/// Walks the way back as far as it can: a function whose step fails is left where it is, the
-/// others go home. Returns what failed.
-pub fn backward(host: &HostRoot, ledger: &Ledger, lease: &mut Lease) -> Vec<Stopped> {
-    let mut failures = Vec::new();
-    let mut stuck = BTreeSet::new();
-    for at in 0..lease.backward.len() {
-        let Recorded { step, outcome } = &lease.backward[at];
-        let device = step.device();
-        let gone = device.is_some_and(|d| !host.function(d).path().exists());
-        if outcome.is_some() || gone || device.is_some_and(|d| stuck.contains(&d)) {
-            continue;
-        }
-        if let Err(error) = ledger.write(lease) {
-            // Giving devices back matters more than recording it: a restart reads the kernel.
-            warn!(lease = lease.id, %error, "cannot write the lease ledger");
-        }
-        let step = &lease.backward[at].step;
-        match step.execute(host) {
-            Ok(outcome) => {
-                debug!(lease = lease.id, step = step.name(), ?outcome, "{step}");
-                lease.backward[at].outcome = Some(outcome);
-            }
-            Err(error) => {
-                warn!(lease = lease.id, step = step.name(), %error, "a step back failed");
-                stuck.extend(device);
-                failures.push(error.into());
-            }
-        }
-    }
-    failures
+/// A step that was carried out.
+#[derive(Debug)]
+pub struct Done {
+    /// What it did.
+    pub outcome: Outcome,
+    /// The deadline it passed, if it did.
+    pub late: Option<Duration>,
+}
+
+/// To wait without a limit ends with an answer or an error.
+fn ended() -> io::Error {
+    io::Error::other("the worker did not answer")
 }

@@ -14,6 +14,8 @@ use vfiod::broker::Broker;
 use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
 use vfiod::service::Service;
+use vfiod::transition::Walker;
+use vfiod::worker::{Deadlines, Workers};
 use zbus::connection::Builder;
 use zbus::fdo::IntrospectableProxy;
 use zbus_xml::{ArgDirection, Interface, Node};
@@ -39,6 +41,8 @@ fn failed_lease() -> Lease {
         created: 1,
         state: State::Failed,
         reason: Some("0000:09:00.0 was unplugged".into()),
+        failure: None,
+        bound: None,
         devices: std::collections::BTreeMap::new(),
         forward: Vec::new(),
         backward: Vec::new(),
@@ -78,7 +82,14 @@ async fn the_service_is_what_the_contract_says() {
     let ledger = Ledger::open(dir.path().join("leases")).unwrap();
     ledger.write(&failed_lease()).unwrap();
     let (tell, _changes) = unbounded_channel();
-    let broker = Broker::open(HostRoot::new(dir.path()), ledger, tell.clone()).unwrap();
+    let walker = Walker {
+        host: HostRoot::new(dir.path()),
+        ledger,
+        // Nothing is carried out here.
+        workers: Arc::new(Workers::new("/bin/false", dir.path())),
+        deadlines: Deadlines::default(),
+    };
+    let broker = Broker::open(walker, tell.clone()).unwrap();
     let (server, client) = UnixStream::pair().unwrap();
     for end in [&server, &client] {
         end.set_nonblocking(true).unwrap();

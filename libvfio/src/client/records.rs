@@ -83,6 +83,8 @@ pub struct DeviceRecord {
     pub tenant: Option<String>,
     /// That lease's state.
     pub lease_state: Option<String>,
+    /// On a VFIO driver without a lease: somebody else's.
+    pub external: Option<bool>,
     /// What could not be read or makes no sense.
     pub problems: Option<Vec<String>>,
 }
@@ -181,10 +183,12 @@ pub struct LeaseRecord {
     pub tenant: String,
     /// The virtual machine it is for.
     pub vm: Option<String>,
-    /// `preparing`, `active`, `releasing` or `failed`.
+    /// `preparing`, `active`, `releasing`, `wedged` or `failed`.
     pub state: String,
     /// Why it failed, or what it waits for.
     pub reason: Option<String>,
+    /// What it ends with: a process or a connection to the bus.
+    pub bound: Option<String>,
     /// Its functions.
     pub devices: Vec<String>,
     /// User id of the caller that attached it.

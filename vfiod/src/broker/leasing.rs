@@ -1,75 +1,110 @@
-//! Making leases and ending them on request.
+//! Making leases.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
-use libvfio::error::{Error, ErrorKind};
-use libvfio::inventory::Inventory;
-use libvfio::pci::{Function, Identity};
+use libvfio::error::ErrorKind;
+use libvfio::pci::Identity;
 use libvfio::plan::Plan;
+use libvfio::protection;
 use libvfio::step::Step;
-use libvfio::{holders, protection, vfio};
 use tracing::{error, info, warn};
 
-use super::{Broker, Change, Data, Property, internal, plan_within};
-use crate::lease::{Found, Lease, Recorded, State};
-use crate::request::{AttachOptions, ReleaseOptions};
-use crate::transition::{self, Stopped};
+use super::{Broker, Change, Data, Property, Reply, internal, plan_within};
+use crate::lease::{Bound, Found, Lease, Recorded, State};
+use crate::owner::Process;
+use crate::request::AttachOptions;
+use crate::transition::{Stopped, Walk, Watcher};
+
+/// Who asks for a lease.
+#[derive(Debug, Clone, Default)]
+pub struct Asker {
+    /// User id.
+    pub user: u32,
+    /// What the lease ends with, if the caller wants it bound to the connection that the call came
+    /// over.
+    pub connection: Option<Bound>,
+}
 
 impl Broker {
     /// Leases devices: brings their groups to VFIO, all or none.
     pub fn attach(
-        &self,
+        self: &Arc<Self>,
         names: &[String],
         tenant: &str,
         options: &AttachOptions,
-        owner: u32,
+        asker: Asker,
     ) -> Result<Lease, Failure> {
         let request = self.request(names, options)?;
-        let uses = protection::uses(&self.host, &self.refresh_around(&request)?)?;
-        let mut lease = {
+        let (owner, bound) = bound(options, asker.connection)?;
+        let uses = protection::uses(self.host(), &self.refresh_around(&request)?)?;
+        let lease = {
             let mut data = self.data();
             let plan = plan_within(&data, &request, uses)?;
-            let lease = new_lease(&data, &plan, tenant, options, owner)?;
+            let lease = Lease {
+                tenant: tenant.to_owned(),
+                vm: options.vm.clone(),
+                owner: asker.user,
+                bound,
+                ..new_lease(&data, &plan)?
+            };
             data.leases.insert(lease.id.clone(), lease.clone());
             lease
         };
-        match transition::forward(&self.host, &self.ledger, &mut lease) {
-            Ok(()) => {
-                // First, since an active lease whose devices look unbound is a broken one.
-                self.refresh(lease.devices.keys().copied());
-                lease.state = State::Active;
-                self.store(&lease)?;
-                self.tell(Change::LeaseAdded(lease.id.clone()));
-                self.tell_holder_changed(&lease);
-                info!(
-                    lease = lease.id,
-                    tenant,
-                    vm = lease.vm,
-                    devices = ?lease.devices.keys(),
-                    "attached: {}",
-                    done(&lease.forward)
-                );
-                Ok(lease)
-            }
-            Err(stopped) => Err(self.abandon(lease, &stopped)),
+        self.apart(move |broker, reply| broker.prepare(lease, owner, reply))
+    }
+
+    /// Walks a new lease's way to the guest, or all the way back.
+    fn prepare(self: &Arc<Self>, mut lease: Lease, owner: Option<Process>, reply: &Reply<Lease>) {
+        let late = Late { broker: self, tell: &|failure| reply.give(Err(failure)) };
+        let walk = self.walker.walk(&lease.id, &late);
+        let walked = walk.forward(&mut lease).and_then(|()| {
+            // First, since an active lease whose devices look unbound is a broken one.
+            self.refresh(lease.devices.keys().copied());
+            self.activate(&mut lease)
+        });
+        if let Err(stopped) = walked {
+            return reply.give(Err(self.abandon(&walk, lease, &stopped)));
         }
+        self.tell(Change::LeaseAdded(lease.id.clone()));
+        self.tell_holder_changed(&lease);
+        info!(
+            lease = lease.id,
+            tenant = lease.tenant,
+            vm = lease.vm,
+            devices = ?lease.devices.keys(),
+            "attached: {}",
+            done(&lease.forward)
+        );
+        reply.give(Ok(lease.clone()));
+        if let Some(process) = owner {
+            self.end_with(lease.id.clone(), process);
+        }
+        // Whatever happened to its devices on the way was left for now.
+        self.judge(&lease.id);
+    }
+
+    /// Only what is on record is active.
+    fn activate(&self, lease: &mut Lease) -> Result<(), Stopped> {
+        let active = Lease { state: State::Active, ..lease.clone() };
+        self.walker.ledger.write(&active)?;
+        self.data().leases.insert(active.id.clone(), active.clone());
+        *lease = active;
+        Ok(())
     }
 
     /// Undoes an attachment that stopped half way.
-    fn abandon(&self, mut lease: Lease, stopped: &Stopped) -> Failure {
+    fn abandon(&self, walk: &Walk<'_>, mut lease: Lease, stopped: &Stopped) -> Failure {
         lease.state = State::Releasing;
         lease.backward = lease.way_back();
-        let failures = transition::backward(&self.host, &self.ledger, &mut lease);
-        let kind = match stopped {
-            Stopped::Step(error) => error.kind(),
-            Stopped::Ledger(_) => ErrorKind::Internal,
-        };
+        self.data().leases.insert(lease.id.clone(), lease.clone());
+        let strangers = self.strangers(&lease);
+        let failures = walk.backward(&mut lease, &strangers);
         let mut message = format!("{stopped}; everything done before was undone");
         if !failures.is_empty() {
             message =
@@ -77,182 +112,99 @@ impl Broker {
         }
         warn!(lease = lease.id, tenant = lease.tenant, message, "an attachment failed");
         self.close(lease, &failures, Some(&message));
-        Failure::new(kind, message)
+        Failure::new(stopped.kind(), message)
     }
 
-    /// Ends every lease `target` names: by lease id, by virtual machine, or by a device of it.
-    /// Nothing to end is no failure, so a caller may repeat itself.
-    pub fn release(&self, target: &str, options: &ReleaseOptions) -> Result<Vec<String>, Failure> {
-        let mut ids =
-            self.leases_where(|lease| lease.id == target || lease.vm.as_deref() == Some(target));
-        if ids.is_empty() {
-            let address = self.resolve(target).ok().or_else(|| target.parse().ok());
-            ids = self.leases_where(|lease| {
-                address.is_some_and(|address| lease.devices.contains_key(&address))
-            });
+    /// Takes a lease's state in and tells of it, on record if that can be.
+    pub(super) fn file(&self, lease: &Lease) {
+        self.data().leases.insert(lease.id.clone(), lease.clone());
+        if let Err(error) = self.walker.ledger.write(lease) {
+            error!(lease = lease.id, %error, "cannot write the lease ledger");
         }
-        for id in &ids {
-            self.release_one(id, options)?;
-        }
-        Ok(ids)
-    }
-
-    fn leases_where(&self, meant: impl Fn(&Lease) -> bool) -> Vec<String> {
-        let data = self.data();
-        data.leases.values().filter(|lease| meant(lease)).map(|lease| lease.id.clone()).collect()
-    }
-
-    fn release_one(&self, id: &str, options: &ReleaseOptions) -> Result<(), Failure> {
-        let mut lease = {
-            let mut data = self.data();
-            let Some(lease) = data.leases.get(id).cloned() else { return Ok(()) };
-            match lease.state {
-                State::Failed => {
-                    self.dismiss(&mut data, &lease)?;
-                    return Ok(());
-                }
-                State::Active => {}
-                State::Preparing | State::Releasing => {
-                    let state = lease.state.name();
-                    return Err(Failure::new(
-                        ErrorKind::Busy,
-                        format!("lease {id} is {state}; wait until that is done"),
-                    ));
-                }
-            }
-            self.refuse_if_held(&data.inventory, &lease)?;
-            let resets =
-                options.reset.then(|| resets(&data.inventory, &lease)).into_iter().flatten();
-            let releasing = Lease {
-                state: State::Releasing,
-                backward: Recorded::todo(resets).into_iter().chain(lease.way_back()).collect(),
-                ..lease
-            };
-            data.leases.insert(id.to_owned(), releasing.clone());
-            releasing
-        };
-        let failures = transition::backward(&self.host, &self.ledger, &mut lease);
-        let message = (!failures.is_empty()).then(|| all(&failures));
-        info!(
-            lease = id,
-            tenant = lease.tenant,
-            devices = ?lease.devices.keys(),
-            "released: {}",
-            done(&lease.backward)
-        );
-        self.close(lease, &failures, message.as_deref());
-        match message {
-            None => Ok(()),
-            Some(message) => Err(Failure::new(
-                ErrorKind::Internal,
-                format!("lease {id} has ended, but not everything is as it was: {message}"),
-            )),
-        }
-    }
-
-    /// Unbinding a device that a guest still holds would block in the kernel until it lets go.
-    fn refuse_if_held(&self, inventory: &Inventory, lease: &Lease) -> Result<(), Failure> {
-        let functions: Vec<&Arc<Function>> =
-            lease.devices.keys().filter_map(|address| inventory.get(*address)).collect();
-        let groups: BTreeSet<u32> = functions.iter().filter_map(|f| f.iommu_group).collect();
-        for group in groups {
-            let busy = matches!(vfio::group_viable(&self.host, group),
-                Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy);
-            if busy {
-                let devices: Vec<&str> =
-                    functions.iter().filter_map(|f| f.vfio_device.as_deref()).collect();
-                let holders = holders::of_group(&self.host, group, &devices).unwrap_or_default();
-                let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
-                let who = if names.is_empty() { "a process".into() } else { names.join(", ") };
-                return Err(Failure::new(
-                    ErrorKind::Busy,
-                    format!(
-                        "lease {} is in use: {who} holds IOMMU group {group} open; shut the guest \
-                         down and release again",
-                        lease.id
-                    ),
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// Files a lease whose way back was walked: forgotten if all went well, else kept as failed.
-    pub(super) fn close(&self, mut lease: Lease, failures: &[Stopped], reason: Option<&str>) {
-        lease.reason = reason.map(str::to_owned);
-        if failures.is_empty() {
-            if let Err(error) = self.ledger.remove(&lease.id) {
-                error!(lease = lease.id, %error, "cannot remove the lease file");
-            }
-            self.data().leases.remove(&lease.id);
-            self.tell_end(&lease, "released");
-        } else {
-            self.record_failure(lease);
-        }
-    }
-
-    /// Files a lease that ended otherwise than by release, for its reason.
-    pub(super) fn record_failure(&self, mut lease: Lease) {
-        lease.state = State::Failed;
-        if let Err(failure) = self.store(&lease) {
-            error!(lease = lease.id, %failure, "cannot record that the lease failed");
-        }
-        self.tell_end(&lease, State::Failed.name());
-    }
-
-    fn tell_end(&self, lease: &Lease, state: &'static str) {
-        self.refresh(lease.devices.keys().copied());
-        let reason = lease.reason.clone();
-        self.tell(Change::LeaseChanged { id: lease.id.clone(), state, reason });
+        self.tell(Change::LeaseChanged {
+            id: lease.id.clone(),
+            state: lease.state.name(),
+            reason: lease.reason.clone(),
+        });
         self.tell_holder_changed(lease);
     }
 
-    fn tell_holder_changed(&self, lease: &Lease) {
+    pub(super) fn tell_holder_changed(&self, lease: &Lease) {
         let inventory = self.inventory();
         for device in lease.devices.keys().filter(|device| inventory.get(**device).is_some()) {
             self.tell(Change::DeviceChanged(*device, vec![Property::Lease]));
         }
     }
+}
 
-    fn dismiss(&self, data: &mut Data, lease: &Lease) -> Result<(), Failure> {
-        self.ledger.remove(&lease.id).map_err(Stopped::from).map_err(internal)?;
-        data.leases.remove(&lease.id);
-        self.tell(Change::LeaseChanged { id: lease.id.clone(), state: "released", reason: None });
-        Ok(())
+/// Says of a lease that one of its steps does not return, for as long as it does not.
+pub(super) struct Late<'a> {
+    pub(super) broker: &'a Broker,
+    /// Tells whoever waits for the lease.
+    pub(super) tell: &'a dyn Fn(Failure),
+}
+
+impl Watcher for Late<'_> {
+    fn late(&self, lease: &mut Lease, step: &Step, limit: std::time::Duration) {
+        let reason = format!(
+            "the kernel did not {step} within {} s; if it never does, only a reboot helps (see \
+             journalctl -k)",
+            limit.as_secs_f32()
+        );
+        error!(lease = lease.id, step = step.name(), reason, "a lease is wedged");
+        lease.state = State::Wedged;
+        lease.reason = Some(reason.clone());
+        self.broker.file(lease);
+        (self.tell)(Failure::new(
+            ErrorKind::Wedged,
+            format!("lease {} is wedged: {reason}", lease.id),
+        ));
     }
 
-    pub(super) fn store(&self, lease: &Lease) -> Result<(), Failure> {
-        self.data().leases.insert(lease.id.clone(), lease.clone());
-        self.ledger.write(lease).map_err(Stopped::from).map_err(internal)
+    fn loose(&self, lease: &mut Lease) {
+        info!(lease = lease.id, "the step has returned after all");
+        lease.state = if lease.backward.is_empty() { State::Preparing } else { State::Releasing };
+        lease.reason = None;
+        self.broker.file(lease);
     }
 }
 
-fn new_lease(
-    data: &Data,
-    plan: &Plan,
-    tenant: &str,
+/// What binds the lease, and the process to wait for if it is one.
+fn bound(
     options: &AttachOptions,
-    owner: u32,
-) -> Result<Lease, Failure> {
+    connection: Option<Bound>,
+) -> Result<(Option<Process>, Option<Bound>), Failure> {
+    let Some(pid) = options.pid else { return Ok((None, connection)) };
+    let process = Process::open(pid).map_err(|e| {
+        let why = format!("process {pid} cannot be waited for: {e}; name one that runs");
+        Failure::new(ErrorKind::InvalidArgument, why)
+    })?;
+    let bound = process.bound();
+    Ok((Some(process), Some(bound)))
+}
+
+fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
     let found = |(address, before): (&PciAddress, &_)| {
         let function = data.inventory.get(*address)?;
         Some((*address, Found { identity: Identity::of(function), before: Clone::clone(before) }))
     };
     Ok(Lease {
         id: new_id(&data.leases).map_err(internal)?,
-        tenant: tenant.to_owned(),
-        vm: options.vm.clone(),
-        owner,
+        tenant: String::new(),
+        vm: None,
+        owner: 0,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         state: State::Preparing,
         reason: None,
+        failure: None,
+        bound: None,
         devices: plan.devices.iter().filter_map(found).collect(),
         forward: Recorded::todo(plan.steps.iter().cloned()),
         backward: Vec::new(),
     })
 }
 
-fn new_id(taken: &BTreeMap<String, Lease>) -> std::io::Result<String> {
+fn new_id(taken: &BTreeMap<String, Lease>) -> io::Result<String> {
     let mut random = File::open("/dev/urandom")?;
     loop {
         let mut bytes = [0u8; 4];
@@ -264,15 +216,8 @@ fn new_id(taken: &BTreeMap<String, Lease>) -> std::io::Result<String> {
     }
 }
 
-/// Resets for those functions of a lease that can be reset by themselves.
-fn resets(inventory: &Inventory, lease: &Lease) -> Vec<Step> {
-    let alone = |f: &&Arc<Function>| f.reset_methods.iter().any(|m| m != "bus" && m != "cxl_bus");
-    let functions = lease.devices.keys().filter_map(|address| inventory.get(*address));
-    functions.filter(alone).map(|f| Step::Reset { device: f.address }).collect()
-}
-
 /// The steps carried out, in one line of the log.
-fn done(steps: &[Recorded]) -> String {
+pub(super) fn done(steps: &[Recorded]) -> String {
     let done = steps.iter().filter(|recorded| recorded.outcome.is_some());
     done.map(|recorded| recorded.step.to_string()).collect::<Vec<_>>().join(", ")
 }

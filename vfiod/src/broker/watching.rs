@@ -1,140 +1,152 @@
-//! Following the host: what the kernel reports, what a restart finds, and what both mean for
-//! leases.
+//! Following the host: what the kernel reports, and what that means for leases.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use libvfio::address::PciAddress;
-use libvfio::pci::Identity;
-use tracing::warn;
+use libvfio::inventory;
+use libvfio::pci::{Binding, Identity};
+use tracing::error;
 
-use super::leasing::all;
 use super::{Broker, Change, Property};
 use crate::lease::{Lease, State};
-use crate::transition;
 
 /// How long a device that changed under a lease is given before the lease is judged.
 const SETTLING: Duration = Duration::from_millis(300);
 
-impl Broker {
-    /// Brings every lease found on start to a defined end: active ones stay if their devices are
-    /// still what they were, all others are undone.
-    pub fn recover(&self) {
-        for lease in self.leases() {
-            match lease.state {
-                State::Failed => {}
-                State::Active => {
-                    if let Some(reason) = self.broken(&lease) {
-                        self.fail(&lease.id, &reason);
-                    }
-                }
-                State::Preparing | State::Releasing => {
-                    let state = lease.state.name();
-                    warn!(lease = lease.id, state, "a lease was interrupted and is undone");
-                    let way = lease.way_back();
-                    let mut lease = Lease { state: State::Releasing, ..lease };
-                    if lease.backward.is_empty() {
-                        lease.backward = way;
-                    }
-                    let failures = transition::backward(&self.host, &self.ledger, &mut lease);
-                    let reason = format!("the daemon stopped while it was {state}");
-                    self.close(lease, &failures, Some(&reason));
-                }
-            }
-        }
-    }
+/// What is wrong with an active lease.
+#[derive(Debug)]
+struct Broken {
+    /// Why, in words.
+    reason: String,
+    /// The device that somebody else has changed, if it is that.
+    drifted: Option<PciAddress>,
+}
 
+impl Broken {
+    fn lost(reason: String) -> Self {
+        Self { reason, drifted: None }
+    }
+}
+
+impl Broker {
     /// Why an active lease no longer is what it says, if so.
-    fn broken(&self, lease: &Lease) -> Option<String> {
+    fn broken(&self, lease: &Lease) -> Option<Broken> {
         let inventory = self.inventory();
-        lease.devices.iter().find_map(|(address, found)| match inventory.get(*address) {
-            None => Some(format!("{address} was unplugged")),
+        lease.devices.iter().find_map(|(address, found)| {
+            let Some(f) = inventory.get(*address) else {
+                return Some(Broken::lost(format!("{address} was unplugged")));
+            };
+            if f.stuck {
+                return None;
+            }
             // On its way out, the kernel still has the function but nothing to say of it.
-            Some(f) if f.ids.vendor.is_none() || f.is_silent() => {
-                Some(format!("{address} was unplugged or stopped answering"))
+            if f.ids.vendor.is_none() || f.is_silent() {
+                let reason = format!("{address} was unplugged or stopped answering");
+                return Some(Broken::lost(reason));
             }
-            Some(f) if Identity::of(f) != found.identity => {
-                Some(format!("another device is at {address} now"))
+            if Identity::of(f) != found.identity {
+                return Some(Broken::lost(format!("another device is at {address} now")));
             }
-            Some(f) if !f.on_vfio() => Some(format!(
-                "{address} was taken from VFIO by somebody else and is on {} now",
-                f.driver.as_deref().unwrap_or("no driver")
-            )),
-            Some(_) => None,
+            let drifted = |reason| Some(Broken { reason, drifted: Some(*address) });
+            if !f.on_vfio() {
+                return drifted(format!(
+                    "{address} was taken from VFIO by somebody else and is on {} now",
+                    f.driver.as_deref().unwrap_or("no driver")
+                ));
+            }
+            let expected = lease.expected_override(*address);
+            if !same(f.driver_override.as_ref(), expected) {
+                return drifted(format!(
+                    "driver_override of {address} was changed by somebody else from {} to {}",
+                    expected.map_or("none", String::as_str),
+                    f.driver_override.as_deref().unwrap_or("none")
+                ));
+            }
+            None
         })
     }
 
-    /// Ends a lease that lost a device: what is left of it goes back to the host.
-    fn fail(&self, id: &str, reason: &str) {
-        let mut lease = {
-            let mut data = self.data();
-            // A release may have begun since the device was looked at; it has the lease then.
-            let Some(lease) = data.leases.get_mut(id).filter(|l| l.state == State::Active) else {
+    /// Ends an active lease that is broken, and still is after a moment: unplugging takes a device
+    /// from its driver first, so what happened is clear soon after.
+    pub(super) fn judge(self: &Arc<Self>, id: &str) {
+        let Some(lease) = self.lease(id).filter(|l| l.state == State::Active) else { return };
+        if self.broken(&lease).is_none() || !self.data().judged.insert(lease.id) {
+            return;
+        }
+        let (broker, id) = (self.clone(), id.to_owned());
+        std::thread::spawn(move || {
+            std::thread::sleep(SETTLING);
+            broker.data().judged.remove(&id);
+            let Some(lease) = broker.lease(&id).filter(|l| l.state == State::Active) else {
                 return;
             };
-            lease.state = State::Releasing;
-            lease.clone()
-        };
-        warn!(lease = id, tenant = lease.tenant, reason, "a lease failed");
-        self.refresh(lease.devices.keys().copied());
-        let inventory = self.inventory();
-        let ours = |device: PciAddress| {
-            let now = inventory.get(device);
-            now.is_some_and(|f| Identity::of(f) == lease.devices[&device].identity && f.on_vfio())
-        };
-        let way = lease.way_back().into_iter().filter(|r| r.step.device().is_some_and(ours));
-        lease.backward = way.collect();
-        let failures = transition::backward(&self.host, &self.ledger, &mut lease);
-        lease.reason = Some(match failures.as_slice() {
-            [] => reason.to_owned(),
-            failures => format!("{reason}; {}", all(failures)),
+            broker.refresh(lease.devices.keys().copied());
+            let Some(Broken { reason, drifted }) = broker.broken(&lease) else { return };
+            if let Some(device) = drifted {
+                error!(lease = id, %device, reason, "a leased device was changed by somebody else");
+            }
+            broker.fail(&id, &reason);
         });
-        self.record_failure(lease);
     }
 
     /// Looks at functions the kernel reported a change of, and at what that means for leases.
-    /// Takes a moment where a lease may be broken, so it is for the thread that follows events.
-    pub fn notice(&self, addresses: impl IntoIterator<Item = PciAddress>) {
+    pub fn notice(self: &Arc<Self>, addresses: impl IntoIterator<Item = PciAddress>) {
         let mut addresses: BTreeSet<PciAddress> = addresses.into_iter().collect();
+        let leases = self.leases();
         // Whoever moves a device looks at it when it has arrived.
-        for lease in self.leases() {
-            if matches!(lease.state, State::Preparing | State::Releasing) {
-                addresses.retain(|address| !lease.devices.contains_key(address));
-            }
+        for lease in leases.iter().filter(|lease| lease.state.moves()) {
+            addresses.retain(|address| !lease.devices.contains_key(address));
         }
         self.refresh(addresses.iter().copied());
-        let concerned = |lease: &Lease| {
-            lease.state == State::Active
-                && lease.devices.keys().any(|device| addresses.contains(device))
-        };
-        let leases: Vec<Lease> = self.leases().into_iter().filter(concerned).collect();
-        if leases.iter().any(|lease| self.broken(lease).is_some()) {
-            // Unplugging takes a device from its driver first: what happened is clear soon after.
-            std::thread::sleep(SETTLING);
-            self.refresh(addresses.iter().copied());
-        }
-        for lease in leases {
-            if let Some(reason) = self.broken(&lease) {
-                self.fail(&lease.id, &reason);
-            }
+        let concerned = |lease: &&Lease| lease.devices.keys().any(|d| addresses.contains(d));
+        for lease in leases.iter().filter(concerned) {
+            self.judge(&lease.id);
         }
     }
 
     /// Looks at the whole host again, after reports of changes were lost.
-    pub fn resynchronise(&self) {
+    pub fn resynchronise(self: &Arc<Self>) {
         let known = self.inventory();
-        let now = self.host.sys("bus/pci/devices").list().unwrap_or_default();
+        let now = self.host().sys("bus/pci/devices").list().unwrap_or_default();
         let now = now.iter().filter_map(|name| name.parse().ok());
         self.notice(known.functions().map(|f| f.address).chain(now).collect::<BTreeSet<_>>());
     }
 
+    /// Looks at the overrides of leased devices, of whose changes the kernel does not report.
+    pub fn look_at_overrides(self: &Arc<Self>) {
+        let active = |lease: &Lease| lease.state == State::Active;
+        for lease in self.leases().into_iter().filter(active) {
+            let changed = |device: &PciAddress| {
+                let now = Binding::read(self.host(), *device).ok();
+                now.is_some_and(|now| {
+                    !same(now.driver_override.as_ref(), lease.expected_override(*device))
+                })
+            };
+            let changed: Vec<PciAddress> = lease.devices.keys().copied().filter(changed).collect();
+            if !changed.is_empty() {
+                self.notice(changed);
+            }
+        }
+    }
+
     pub(super) fn refresh(&self, addresses: impl IntoIterator<Item = PciAddress>) {
         for address in addresses {
+            let look = self.looks.fetch_add(1, Ordering::SeqCst);
+            let before = self.inventory().get(address).cloned();
+            // Not under the lock: reading takes its time where the kernel does.
+            let found = inventory::look(self.host(), address, before.as_deref());
             let change = {
                 let mut data = self.data();
+                // Somebody who looked later has told already.
+                if data.looked.get(&address).is_some_and(|later| *later > look) {
+                    continue;
+                }
+                data.looked.insert(address, look);
                 let before = data.inventory.get(address).cloned();
-                Arc::make_mut(&mut data.inventory).refresh(&self.host, address);
+                Arc::make_mut(&mut data.inventory).put(address, found);
                 let after = data.inventory.get(address);
                 match (&before, after) {
                     (None, None) => None,
@@ -160,4 +172,10 @@ impl Broker {
             }
         }
     }
+}
+
+/// Whether two overrides name one driver, whose module may be spelled otherwise.
+fn same(a: Option<&String>, b: Option<&String>) -> bool {
+    let plain = |name: &String| name.replace('-', "_");
+    a.map(plain) == b.map(plain)
 }

@@ -79,4 +79,9 @@ impl LeaseObject {
     pub(super) fn reason(&self) -> String {
         self.record().reason.unwrap_or_default()
     }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn bound(&self) -> String {
+        self.record().bound.unwrap_or_default()
+    }
 }

@@ -1,6 +1,7 @@
 //! `org.vfiod1.Manager`: the calls. `docs/dbus.md` describes them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use libvfio::client::{
     DeviceRecord, Failure, GroupRecord, LeaseRecord, PlanRecord, device_path, lease_path,
@@ -12,6 +13,7 @@ use zbus::wire::OwnedObjectPath;
 
 use super::Caller;
 use crate::authority::Action;
+use crate::broker::{Asker, Broker};
 use crate::request::{AttachOptions, ListOptions, RawOptions, ReleaseOptions, check_name};
 
 #[derive(Debug)]
@@ -39,10 +41,16 @@ impl ManagerObject {
         let options = AttachOptions::read(&options)?;
         let listed = devices.join(" ");
         let details = HashMap::from([("tenant", tenant.as_str()), ("devices", listed.as_str())]);
-        let owner = self.caller.authority.check(&header, Action::Attach, &details).await?;
-        let attach =
-            move |broker: &crate::broker::Broker| broker.attach(&devices, &tenant, &options, owner);
+        let user = self.caller.authority.check(&header, Action::Attach, &details).await?;
+        let connections = &self.caller.connections;
+        let connection =
+            if options.while_connected { Some(connections.bound(&header).await?) } else { None };
+        let asker = Asker { user, connection: connection.clone() };
+        let attach = move |broker: &Arc<Broker>| broker.attach(&devices, &tenant, &options, asker);
         let lease = self.caller.run(attach).await?;
+        if let Some(bound) = connection {
+            connections.watch(bound);
+        }
         let path = path(lease_path(&lease.id))?;
         Ok((lease.id, path))
     }

@@ -1,6 +1,7 @@
 //! The bus's side of the daemon: objects, signals, and calls handed to threads that may block.
 //! Decides nothing and touches no file of the host.
 
+mod connections;
 mod device;
 mod group;
 mod lease;
@@ -18,6 +19,7 @@ use zbus::fdo::ObjectManager;
 use crate::authority::Authority;
 use crate::broker::{Broker, Change};
 
+use connections::Connections;
 use device::DeviceObject;
 use group::GroupObject;
 use lease::LeaseObject;
@@ -49,7 +51,8 @@ impl Service {
         }
         let connection = builder.build().await?;
         let authority = Arc::new(Authority::new(connection.clone()));
-        let caller = Caller { broker: broker.clone(), authority, changes };
+        let connections = Connections::new(connection.clone(), broker.clone());
+        let caller = Caller { broker: broker.clone(), authority, connections, changes };
         let server = connection.object_server();
         for lease in broker.leases() {
             let object = LeaseObject::new(caller.clone(), lease.id.clone());
@@ -63,6 +66,7 @@ impl Service {
 
     /// Takes the daemon's name and tells of changes from then on.
     pub async fn serve(&self, changes: UnboundedReceiver<Change>) -> zbus::Result<()> {
+        self.caller.connections.find();
         self.connection.request_name(BUS_NAME).await?;
         tokio::spawn(publisher::run(self.connection.clone(), self.caller.clone(), changes));
         Ok(())
@@ -79,6 +83,7 @@ impl Service {
 struct Caller {
     broker: Arc<Broker>,
     authority: Arc<Authority>,
+    connections: Arc<Connections>,
     changes: UnboundedSender<Change>,
 }
 
@@ -87,7 +92,7 @@ impl Caller {
     /// caller finds the objects its reply names.
     async fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Broker) -> Result<T, Failure> + Send + 'static,
+        work: impl FnOnce(&Arc<Broker>) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
         let broker = self.broker.clone();
         let result = tokio::task::spawn_blocking(move || work(&broker)).await.unwrap_or_else(|e| {

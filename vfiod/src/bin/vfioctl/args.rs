@@ -76,7 +76,9 @@ pub(crate) enum Command {
     Attach(AttachArgs),
     /// End leases: every function goes back to the driver and override it had
     ///
-    /// Nothing to end is no error, so a release may be repeated.
+    /// Devices that a guest still has open go back when it lets go of them; until then the lease is
+    /// 'releasing', and the exit status says busy. Nothing to end is no error, so a release may be
+    /// repeated.
     #[command(after_help = "Examples:
   vfioctl release 3f9a2c81
   vfioctl release 03:00.0 --reset
@@ -135,6 +137,9 @@ pub(crate) struct AttachArgs {
     /// Accept devices that somebody else has put on a VFIO driver, and leave them there after
     #[arg(long)]
     pub(crate) adopt: bool,
+    /// End the lease when this process ends, however it does
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: Option<u32>,
     /// Show the steps and change nothing; exits as attaching would
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -148,6 +153,9 @@ pub(crate) struct ReleaseArgs {
     /// Reset the functions first, where they can be reset by themselves
     #[arg(long)]
     pub(crate) reset: bool,
+    /// Wait for guests that still run, instead of leaving the release to end with them
+    #[arg(long)]
+    pub(crate) wait: bool,
     /// Show which leases would end and what would be taken back, and change nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

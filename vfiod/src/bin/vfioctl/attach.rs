@@ -70,6 +70,9 @@ fn options(args: &AttachArgs) -> Options<'_> {
     if let Some(vm) = &args.vm {
         options.insert("vm", vm.as_str().into());
     }
+    if let Some(pid) = args.pid {
+        options.insert("pid", pid.into());
+    }
     for (name, given) in [("whole_group", args.whole_group), ("adopt", args.adopt)] {
         if given {
             options.insert(name, true.into());
@@ -124,10 +127,12 @@ mod tests {
             vm: Some("web".into()),
             whole_group: true,
             adopt: false,
+            pid: Some(7),
             dry_run: false,
         };
         let options = options(&args);
-        assert_eq!(options.len(), 2);
+        assert_eq!(options.len(), 3);
+        assert_eq!(options["pid"], 7u32.into());
         assert_eq!(options["vm"], "web".into());
         assert_eq!(options["whole_group"], true.into());
     }

@@ -47,8 +47,11 @@ pub(crate) fn row(first: impl Into<Cell>, device: &DeviceRecord) -> [Cell; 7] {
     ]
 }
 
-/// Tenant, lease and, where it is under way, its state.
+/// Tenant, lease and, where it is under way, its state; or that somebody else has the device.
 fn lease(device: &DeviceRecord) -> Option<String> {
+    if device.external == Some(true) {
+        return Some("(external)".to_owned());
+    }
     let (id, tenant) = (device.lease.as_deref()?, device.tenant.as_deref()?);
     Some(match device.lease_state.as_deref() {
         None | Some("active") => format!("{tenant} {id}"),

@@ -43,8 +43,10 @@ pub(crate) async fn run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<E
 
 async fn release(bus: &Bus, target: &str, args: &ReleaseArgs) -> Result<Vec<String>, Trouble> {
     let mut options = Options::new();
-    if args.reset {
-        options.insert("reset", true.into());
+    for (name, given) in [("reset", args.reset), ("wait", args.wait)] {
+        if given {
+            options.insert(name, true.into());
+        }
     }
     Ok(patiently(bus, bus.manager.release(target, options)).await?)
 }

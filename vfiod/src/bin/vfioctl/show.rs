@@ -30,6 +30,8 @@ fn table(device: &DeviceRecord) -> Table {
     line("driver", Some(device.driver.clone().unwrap_or_else(|| "none".into())), PLAIN);
     line("override", device.driver_override.clone(), PLAIN);
     line("lease", lease(device), LEASED);
+    let external = "by somebody else: on a VFIO driver without a lease";
+    line("used", device.external.filter(|is| *is).map(|_| external.to_owned()), LEASED);
     line("IOMMU group", device.iommu_group.map(|group| group.to_string()), PLAIN);
     line("isolation", Some(device.isolation.clone()), PLAIN);
     line("NUMA node", device.numa_node.map(|node| node.to_string()), PLAIN);

@@ -1,0 +1,335 @@
+//! Ending leases: on request, with their owners, after a failure, and after a restart. Devices that
+//! somebody still holds open are waited for.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use libvfio::address::PciAddress;
+use libvfio::client::Failure;
+use libvfio::error::ErrorKind;
+use libvfio::holders;
+use libvfio::inventory::Inventory;
+use libvfio::pci::{Function, Identity};
+use libvfio::step::{Cause, Step};
+use nix::errno::Errno;
+use tracing::{error, info, warn};
+
+use super::leasing::{Late, all, done};
+use super::{Broker, Change, Data, Reply, internal};
+use crate::lease::{Bound, Lease, Recorded, State};
+use crate::owner::Process;
+use crate::request::ReleaseOptions;
+use crate::transition::{Stopped, Walk};
+
+/// How often one looks whether a device is still held open.
+const LOOKING: Duration = Duration::from_millis(300);
+/// How long a start waits for what the daemon before it has left.
+const STARTING: Duration = Duration::from_secs(2);
+
+impl Broker {
+    /// Ends every lease `target` names: by lease id, by virtual machine, or by a device of it.
+    /// Nothing to end is no failure, so a caller may repeat itself.
+    pub fn release(
+        self: &Arc<Self>,
+        target: &str,
+        options: &ReleaseOptions,
+    ) -> Result<Vec<String>, Failure> {
+        let mut ids =
+            self.leases_where(|lease| lease.id == target || lease.vm.as_deref() == Some(target));
+        if ids.is_empty() {
+            let address = self.resolve(target).ok().or_else(|| target.parse().ok());
+            ids = self.leases_where(|lease| {
+                address.is_some_and(|address| lease.devices.contains_key(&address))
+            });
+        }
+        // One that cannot end yet is no reason to keep the others.
+        let ended: Vec<_> = ids.iter().map(|id| self.end(id, options)).collect();
+        ended.into_iter().collect::<Result<Vec<()>, _>>()?;
+        Ok(ids)
+    }
+
+    fn leases_where(&self, meant: impl Fn(&Lease) -> bool) -> Vec<String> {
+        let data = self.data();
+        data.leases.values().filter(|lease| meant(lease)).map(|lease| lease.id.clone()).collect()
+    }
+
+    fn end(self: &Arc<Self>, id: &str, options: &ReleaseOptions) -> Result<(), Failure> {
+        let wait = options.wait;
+        let state = self.lease(id).map(|lease| lease.state);
+        match state {
+            None => return Ok(()),
+            Some(State::Failed) => return self.dismiss(id),
+            Some(State::Active | State::Preparing | State::Releasing | State::Wedged) => {}
+        }
+        let begun = begin(&mut self.data(), id, options.reset, None);
+        let Some(lease) = begun else { return self.await_end(id, wait) };
+        self.apart(move |broker, reply| {
+            let early = |failure: Failure| {
+                if !wait || failure.kind() == Some(ErrorKind::Wedged) {
+                    reply.give(Err(failure));
+                }
+            };
+            broker.give_back(lease, &early, reply);
+        })
+    }
+
+    /// What can be said of a lease that is on its way, or its end if that is waited for.
+    fn await_end(&self, id: &str, wait: bool) -> Result<(), Failure> {
+        let mut data = self.data();
+        loop {
+            let Some(lease) = data.leases.get(id).filter(|lease| lease.state.moves()) else {
+                return Ok(());
+            };
+            let reason = lease.reason.as_deref().unwrap_or("wait until that is done");
+            let message = format!("lease {id} is {}: {reason}", lease.state.name());
+            match lease.state {
+                State::Wedged => return Err(Failure::new(ErrorKind::Wedged, message)),
+                State::Releasing if wait => {}
+                _ => return Err(Failure::new(ErrorKind::Busy, message)),
+            }
+            data = self.ended.wait(data).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends a lease that lost a device or was changed by others: what is left of it goes back to
+    /// the host, and its record stays until it is dismissed.
+    pub(super) fn fail(self: &Arc<Self>, id: &str, reason: &str) {
+        // A release may have begun since the device was looked at; it has the lease then.
+        let Some(lease) = begin(&mut self.data(), id, false, Some(reason)) else { return };
+        warn!(lease = id, tenant = lease.tenant, reason, "a lease failed");
+        self.give_back_apart(lease);
+    }
+
+    /// Ends a lease when a process does.
+    pub(super) fn end_with(self: &Arc<Self>, id: String, process: Process) {
+        let broker = self.clone();
+        std::thread::spawn(move || {
+            process.wait();
+            broker.owner_gone(&id);
+        });
+    }
+
+    /// Ends the leases that are bound to a connection of the bus, which has gone.
+    pub fn connection_gone(self: &Arc<Self>, bound: &Bound) {
+        for id in self.leases_where(|lease| lease.bound.as_ref() == Some(bound)) {
+            self.owner_gone(&id);
+        }
+    }
+
+    fn owner_gone(self: &Arc<Self>, id: &str) {
+        let Some(lease) = begin(&mut self.data(), id, false, None) else { return };
+        let owner = lease.bound.as_ref().map(ToString::to_string);
+        info!(lease = id, tenant = lease.tenant, owner, "a lease ends with its owner");
+        self.give_back_apart(lease);
+    }
+
+    fn give_back_apart(self: &Arc<Self>, lease: Lease) {
+        let broker = self.clone();
+        std::thread::spawn(move || {
+            let (reply, _nobody) = std::sync::mpsc::sync_channel(1);
+            broker.give_back(lease, &|_| {}, &Reply(reply));
+        });
+    }
+
+    /// Walks a lease's way back once nobody holds its devices, and files it.
+    fn give_back(&self, mut lease: Lease, early: &dyn Fn(Failure), reply: &Reply<()>) {
+        let late = Late { broker: self, tell: early };
+        let walk = self.walker.walk(&lease.id, &late);
+        self.await_holders(&walk, &mut lease, early);
+        let strangers = self.strangers(&lease);
+        let failures = walk.backward(&mut lease, &strangers);
+        info!(
+            lease = lease.id,
+            tenant = lease.tenant,
+            devices = ?lease.devices.keys(),
+            "released: {}",
+            done(&lease.backward)
+        );
+        let message = (!failures.is_empty()).then(|| all(&failures));
+        let id = lease.id.clone();
+        let kind = failures.first().map_or(ErrorKind::Internal, Stopped::kind);
+        self.close(lease, &failures, message.as_deref());
+        reply.give(match message {
+            None => Ok(()),
+            Some(message) => Err(Failure::new(
+                kind,
+                format!("lease {id} has ended, but not everything is as it was: {message}"),
+            )),
+        });
+    }
+
+    /// Waits for whoever holds a group of the lease open. Unbinding would block in the kernel until
+    /// then, and the guest would lose its device.
+    fn await_holders(&self, walk: &Walk<'_>, lease: &mut Lease, early: &dyn Fn(Failure)) {
+        while let Some(who) = self.held(walk, lease) {
+            let reason = format!("{who} open; it ends by itself when that is closed");
+            if lease.reason.as_ref() != Some(&reason) {
+                lease.reason = Some(reason.clone());
+                self.file(lease);
+                early(Failure::new(
+                    ErrorKind::Busy,
+                    format!("lease {} is releasing: {reason}; shut the guest down", lease.id),
+                ));
+            }
+            std::thread::sleep(LOOKING);
+        }
+        lease.reason = None;
+    }
+
+    /// Who holds which group of a lease, if somebody does.
+    fn held(&self, walk: &Walk<'_>, lease: &mut Lease) -> Option<String> {
+        let inventory = self.inventory();
+        let functions: Vec<&Arc<Function>> = lease
+            .devices
+            .keys()
+            .filter_map(|address| inventory.get(*address))
+            .filter(|f| f.on_vfio())
+            .collect();
+        let groups: BTreeSet<u32> = functions.iter().filter_map(|f| f.iommu_group).collect();
+        let devices: Vec<&str> =
+            functions.iter().filter_map(|f| f.vfio_device.as_deref()).collect();
+        let cdev = self.host().path("dev/vfio/devices").exists();
+        groups.into_iter().find_map(|group| {
+            let busy = match walk.carry_out(lease, &Step::CheckViable { group }) {
+                Err(Stopped::Step(error)) => *error.cause == Cause::Kernel { errno: Errno::EBUSY },
+                _ => false,
+            };
+            if !busy && !cdev {
+                return None;
+            }
+            let holders = holders::of_group(self.host(), group, &devices).unwrap_or_default();
+            let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
+            let who = match names.is_empty() {
+                false => names.join(", "),
+                true if busy => "a process".to_owned(),
+                true => return None,
+            };
+            Some(format!("{who} holds IOMMU group {group}"))
+        })
+    }
+
+    /// Devices at a lease's addresses that are not the lease's.
+    pub(super) fn strangers(&self, lease: &Lease) -> BTreeSet<PciAddress> {
+        self.refresh(lease.devices.keys().copied());
+        let inventory = self.inventory();
+        let stranger = |(address, found): (&PciAddress, &crate::lease::Found)| {
+            let now = inventory.get(*address)?;
+            (!now.stuck && Identity::of(now) != found.identity).then_some(*address)
+        };
+        lease.devices.iter().filter_map(stranger).collect()
+    }
+
+    /// Files a lease whose way back was walked: forgotten if all went well, else kept as failed.
+    pub(super) fn close(&self, mut lease: Lease, failures: &[Stopped], reason: Option<&str>) {
+        let reasons: Vec<&str> = lease.failure.as_deref().into_iter().chain(reason).collect();
+        lease.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
+        let ended = failures.is_empty() && lease.failure.is_none();
+        let state = if ended { "released" } else { State::Failed.name() };
+        if ended {
+            if let Err(error) = self.walker.ledger.remove(&lease.id) {
+                error!(lease = lease.id, %error, "cannot remove the lease file");
+            }
+            self.data().leases.remove(&lease.id);
+        } else {
+            lease.state = State::Failed;
+            if let Err(error) = self.walker.ledger.write(&lease) {
+                error!(lease = lease.id, %error, "cannot record that the lease failed");
+            }
+            self.data().leases.insert(lease.id.clone(), lease.clone());
+        }
+        self.refresh(lease.devices.keys().copied());
+        let reason = lease.reason.clone();
+        self.tell(Change::LeaseChanged { id: lease.id.clone(), state, reason });
+        self.tell_holder_changed(&lease);
+        self.ended.notify_all();
+    }
+
+    fn dismiss(&self, id: &str) -> Result<(), Failure> {
+        self.walker.ledger.remove(id).map_err(Stopped::from).map_err(internal)?;
+        self.data().leases.remove(id);
+        self.tell(Change::LeaseChanged { id: id.to_owned(), state: "released", reason: None });
+        Ok(())
+    }
+
+    /// Brings every lease found on start to a defined end: active ones stay if their devices are
+    /// still what they were, all others are undone. Returns when that is done, or after a moment
+    /// if it takes longer.
+    pub fn recover(self: &Arc<Self>) {
+        let (under_way, all_done) = std::sync::mpsc::channel::<()>();
+        for lease in self.leases() {
+            let (broker, under_way) = (self.clone(), under_way.clone());
+            match lease.state {
+                State::Failed => {}
+                State::Active => {
+                    self.judge(&lease.id);
+                    self.find_owner(&lease);
+                }
+                State::Preparing | State::Releasing | State::Wedged => {
+                    std::thread::spawn(move || {
+                        broker.resume(lease);
+                        drop(under_way);
+                    });
+                }
+            }
+        }
+        drop(under_way);
+        let _ = all_done.recv_timeout(STARTING);
+    }
+
+    /// Undoes a lease that an earlier daemon was at.
+    fn resume(&self, mut lease: Lease) {
+        let state = if lease.backward.is_empty() { State::Preparing } else { State::Releasing };
+        warn!(lease = lease.id, state = state.name(), "a lease was interrupted and is undone");
+        if let Ok(None) = self.walker.ledger.try_lock(&lease.id) {
+            lease.state = State::Wedged;
+            lease.reason =
+                Some("a step of the daemon that ran before has not returned yet".to_owned());
+            self.file(&lease);
+        }
+        let late = Late { broker: self, tell: &|_| {} };
+        let walk = self.walker.walk(&lease.id, &late);
+        lease.state = State::Releasing;
+        if lease.backward.is_empty() {
+            lease.backward = lease.way_back();
+        }
+        self.data().leases.insert(lease.id.clone(), lease.clone());
+        self.await_holders(&walk, &mut lease, &|_| {});
+        let strangers = self.strangers(&lease);
+        let failures = walk.backward(&mut lease, &strangers);
+        let mut reason = format!("the daemon stopped while it was {}", state.name());
+        if !failures.is_empty() {
+            reason = format!("{reason}; {}", all(&failures));
+        }
+        self.close(lease, &failures, Some(&reason));
+    }
+
+    /// Looks for the process that a lease found on start is bound to.
+    fn find_owner(self: &Arc<Self>, lease: &Lease) {
+        if let Some(Bound::Process { pid, started }) = lease.bound {
+            match Process::find(pid, started) {
+                Some(process) => self.end_with(lease.id.clone(), process),
+                None => self.owner_gone(&lease.id),
+            }
+        }
+    }
+}
+
+/// Begins the end of an active lease, with `failure` as why it will have failed. `None` if it is
+/// not active.
+fn begin(data: &mut Data, id: &str, reset: bool, failure: Option<&str>) -> Option<Lease> {
+    let inventory = data.inventory.clone();
+    let lease = data.leases.get_mut(id).filter(|lease| lease.state == State::Active)?;
+    let resets = reset.then(|| resets(&inventory, lease)).into_iter().flatten();
+    lease.backward = Recorded::todo(resets).into_iter().chain(lease.way_back()).collect();
+    lease.failure = failure.map(str::to_owned);
+    lease.state = State::Releasing;
+    Some(lease.clone())
+}
+
+/// Resets for those functions of a lease that can be reset by themselves.
+fn resets(inventory: &Inventory, lease: &Lease) -> Vec<Step> {
+    let alone = |f: &&Arc<Function>| f.reset_methods.iter().any(|m| m != "bus" && m != "cxl_bus");
+    let functions = lease.devices.keys().filter_map(|address| inventory.get(*address));
+    functions.filter(alone).map(|f| Step::Reset { device: f.address }).collect()
+}

@@ -1,0 +1,203 @@
+//! Worker processes: whatever may sleep in the kernel for ever is done by one of them, so that the
+//! daemon, its end and every other device go on. A worker is this program started again; it does
+//! one thing at a time, as asked over a socket. Decides nothing.
+//!
+//! Why a process: a thread that sleeps uninterruptibly keeps its whole process from ending.
+
+mod deadlines;
+mod reader;
+mod serve;
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use libvfio::step::{Outcome, Step, StepError};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+
+pub use deadlines::{Deadline, Deadlines};
+pub use reader::Reader;
+pub use serve::serve;
+
+/// Most workers that are kept for the next request.
+const MOST_IDLE: usize = 8;
+/// Longest request or answer, in bytes: a page of an attribute as JSON, or a step and what became
+/// of it.
+const LONGEST: usize = 64 << 10;
+
+/// What a worker is asked.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Request {
+    /// Carry a step out. A descriptor that holds the lease's lock comes with it.
+    Step(Step),
+    /// Read an attribute.
+    Read(PathBuf),
+}
+
+/// What came of a step.
+pub type Carried = Result<Outcome, StepError>;
+
+/// The workers of one host.
+#[derive(Debug)]
+pub struct Workers {
+    program: PathBuf,
+    root: PathBuf,
+    idle: Mutex<Vec<Worker>>,
+}
+
+/// A process and the socket to it. Ends with it.
+#[derive(Debug)]
+struct Worker {
+    socket: OwnedFd,
+    child: Child,
+}
+
+/// A request under way. To drop it is to kill its worker and wait for that, so it is kept until it
+/// is answered.
+#[derive(Debug)]
+pub struct Call {
+    workers: Arc<Workers>,
+    worker: Worker,
+}
+
+impl Workers {
+    /// Workers of the host below `root`. `program worker --root ROOT` is to call [`serve`].
+    pub fn new(program: impl Into<PathBuf>, root: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), root: root.into(), idle: Mutex::default() }
+    }
+
+    /// Has a step carried out by a process that keeps `lock` open until it is.
+    pub fn step(self: &Arc<Self>, step: &Step, lock: Option<&File>) -> io::Result<Call> {
+        let lock = lock.map(AsRawFd::as_raw_fd);
+        self.ask(&Request::Step(step.clone()), lock.as_slice())
+    }
+
+    fn read(self: &Arc<Self>, attribute: &Path) -> io::Result<Call> {
+        self.ask(&Request::Read(attribute.to_owned()), &[])
+    }
+
+    fn ask(self: &Arc<Self>, request: &Request, descriptors: &[i32]) -> io::Result<Call> {
+        let packet = serde_json::to_vec(request)?;
+        while let Some(worker) = self.idle().pop() {
+            // One that has ended since it was last asked has done nothing.
+            if worker.send(&packet, descriptors).is_ok() {
+                return Ok(Call { workers: self.clone(), worker });
+            }
+        }
+        let worker = Worker::start(&self.program, &self.root)?;
+        worker.send(&packet, descriptors)?;
+        Ok(Call { workers: self.clone(), worker })
+    }
+
+    /// Starts a worker for the next request, so that it does not wait for that.
+    pub fn prepare(&self) -> io::Result<()> {
+        let worker = Worker::start(&self.program, &self.root)?;
+        self.idle().push(worker);
+        Ok(())
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Worker>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put_back(&self, worker: Worker) {
+        let mut idle = self.idle();
+        if idle.len() < MOST_IDLE {
+            idle.push(worker);
+        }
+    }
+}
+
+impl Call {
+    /// Waits for what came of a step, for `limit` at most; the call itself if nothing did by then.
+    /// A worker that ended is an error: the step may or may not have happened.
+    pub fn carried(self, limit: Option<Duration>) -> io::Result<Result<Carried, Self>> {
+        self.answer(limit)
+    }
+
+    fn answer<T: for<'de> Deserialize<'de>>(
+        self,
+        limit: Option<Duration>,
+    ) -> io::Result<Result<T, Self>> {
+        let Some(packet) = self.worker.receive(limit)? else { return Ok(Err(self)) };
+        let answer = serde_json::from_slice(&packet)?;
+        self.workers.put_back(self.worker);
+        Ok(Ok(answer))
+    }
+}
+
+impl Worker {
+    fn start(program: &Path, root: &Path) -> io::Result<Self> {
+        let (socket, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let child = Command::new(program)
+            .arg0("vfiod")
+            .arg("worker")
+            .arg("--root")
+            .arg(root)
+            .stdin(theirs)
+            .stdout(Stdio::null())
+            // Whoever interrupts the daemon at a terminal does not mean a step half done.
+            .process_group(0)
+            .spawn()
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", program.display())))?;
+        Ok(Self { socket, child })
+    }
+
+    fn send(&self, packet: &[u8], descriptors: &[i32]) -> io::Result<()> {
+        let rights = [ControlMessage::ScmRights(descriptors)];
+        let rights = if descriptors.is_empty() { &[][..] } else { &rights };
+        let socket = self.socket.as_raw_fd();
+        sendmsg::<()>(socket, &[IoSlice::new(packet)], rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        Ok(())
+    }
+
+    /// Its answer; `None` after `limit`.
+    fn receive(&self, limit: Option<Duration>) -> io::Result<Option<Vec<u8>>> {
+        let until = limit.map(|limit| Instant::now() + limit);
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let timeout = match left {
+                // Rounded up, or the last millisecond would be spent in a busy loop.
+                Some(left) => PollTimeout::try_from(left + Duration::from_millis(1))
+                    .unwrap_or(PollTimeout::MAX),
+                None => PollTimeout::NONE,
+            };
+            let mut polled =
+                [PollFd::new(std::os::fd::AsFd::as_fd(&self.socket), PollFlags::POLLIN)];
+            match poll(&mut polled, timeout) {
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+                Ok(0) if left.is_some_and(|left| left.is_zero()) => return Ok(None),
+                Ok(0) => {}
+                Ok(_) => break,
+            }
+        }
+        let mut packet = vec![0; LONGEST];
+        let length = recv(self.socket.as_raw_fd(), &mut packet, MsgFlags::empty())?;
+        if length == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the worker process ended"));
+        }
+        packet.truncate(length);
+        Ok(Some(packet))
+    }
+}
+
+impl Drop for Worker {
+    /// Only those are dropped that do nothing or have ended.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,73 @@
+//! Reading with patience: attributes that are read under a device's lock are read by a worker,
+//! which is left alone when it does not come back. Never reads them itself.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use libvfio::address::PciAddress;
+use libvfio::host::Patience;
+
+use super::{Call, Workers};
+
+/// Reads through workers.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    workers: Arc<Workers>,
+    patience: Duration,
+    /// Directories that a worker still tries to read in.
+    stuck: Arc<Mutex<BTreeSet<PathBuf>>>,
+    loose: Sender<PciAddress>,
+}
+
+impl Reader {
+    /// A reader that waits for `patience` at most. A function that can be read again after it could
+    /// not be is told to `loose`.
+    pub fn new(workers: Arc<Workers>, patience: Duration, loose: Sender<PciAddress>) -> Self {
+        Self { workers, patience, stuck: Arc::default(), loose }
+    }
+
+    fn stuck(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+type Text = Result<String, i32>;
+
+impl Patience for Reader {
+    fn read(&self, attribute: &Path) -> io::Result<String> {
+        let directory = attribute.parent().unwrap_or(attribute);
+        if self.stuck().contains(directory) {
+            return Err(lost());
+        }
+        match self.workers.read(attribute)?.answer::<Text>(Some(self.patience))? {
+            Ok(text) => text.map_err(io::Error::from_raw_os_error),
+            Err(call) => {
+                self.stuck().insert(directory.to_owned());
+                let (reader, directory) = (self.clone(), directory.to_owned());
+                std::thread::spawn(move || reader.persist(call, &directory));
+                Err(lost())
+            }
+        }
+    }
+}
+
+impl Reader {
+    /// Waits however long it takes, and tells when the function can be read again.
+    fn persist(&self, call: Call, directory: &Path) {
+        // What was read is old by now.
+        let _ = call.answer::<Text>(None);
+        self.stuck().remove(directory);
+        if let Some(address) = directory.file_name().and_then(|n| n.to_str()?.parse().ok()) {
+            // Nobody listens while the daemon shuts down.
+            let _ = self.loose.send(address);
+        }
+    }
+}
+
+fn lost() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "a kernel operation on the device has not returned")
+}
