@@ -6,6 +6,7 @@ mod demo;
 mod life;
 mod refusals;
 mod selftest;
+mod survival;
 
 use anyhow::Result;
 
@@ -31,6 +32,9 @@ const SCENARIOS: &[(&str, &str, Scenario)] = &[
     ("restart", "the daemon restarts while a guest has its devices", life::restart),
     ("host", "what journal, systemd and the readiness check see", life::host),
     ("hotplug", "devices go and come, leased and not", life::hotplug),
+    ("owners", "leases end with their process or connection", survival::owners),
+    ("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
+    ("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
     ("demo", "the product at work, told as a story", demo::run),
     ("bench", "what it costs beside the kernel and its peers", bench::run),
 ];
