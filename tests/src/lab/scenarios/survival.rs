@@ -136,12 +136,12 @@ pub(super) fn deadlock(lab: &mut Lab) -> Result<()> {
 /// The states of the daemon's workers, as `/proc/PID/stat` has them: `S`, `D`.
 fn workers() -> Result<Vec<String>> {
     let processes = std::fs::read_dir("/proc")?.filter_map(|entry| Some(entry.ok()?.path()));
-    let stats = processes.filter_map(|path| std::fs::read_to_string(path.join("stat")).ok());
-    let states = stats.filter_map(|stat| {
+    let state = |path: std::path::PathBuf| {
+        let stat = std::fs::read_to_string(path.join("stat")).ok()?;
         let (_, rest) = stat.split_once("(vfiod-worker) ")?;
         Some(rest.chars().take(1).collect())
-    });
-    Ok(states.collect())
+    };
+    Ok(processes.filter_map(state).collect())
 }
 
 fn drivers() -> [Option<String>; 2] {
