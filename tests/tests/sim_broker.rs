@@ -13,6 +13,7 @@ use vfiod::broker::Broker;
 use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
 use vfiod::request::{AttachOptions, ReleaseOptions};
+use vfiod::stores::Stores;
 use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim, WORKSTATION};
 
 /// The GPU of the workstation and its audio function.
@@ -34,7 +35,8 @@ fn start() -> (Sim, tempfile::TempDir, Broker) {
 /// A daemon that has just started on a host where others may have run before.
 fn daemon(sim: &Sim, leases: &Path) -> Broker {
     let (tell, _) = unbounded_channel();
-    let broker = Broker::open(sim.host(), Ledger::open(leases).unwrap(), tell).unwrap();
+    let stores = Stores::open(leases, &leases.join("state")).unwrap();
+    let broker = Broker::open(sim.host(), stores, tell).unwrap();
     broker.recover();
     broker
 }
@@ -88,7 +90,7 @@ fn whichever_step_fails_all_before_it_is_undone_and_the_error_names_it() {
             }
             assert_eq!(bindings(&sim), before, "{error}");
             assert!(broker.leases().is_empty());
-            assert!(Ledger::open(dir.path()).unwrap().load().unwrap().0.is_empty());
+            assert!(Ledger::open(dir.path()).unwrap().load().unwrap().leases.is_empty());
         }
     }
 }

@@ -2,7 +2,9 @@
 //! of the bus; tells of changes through a channel. Its methods read the host and run steps, so
 //! they block: the service calls them from threads that may.
 
+mod lagging;
 mod leasing;
+mod quarantining;
 mod watching;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,11 +19,14 @@ use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection;
 use tokio::sync::mpsc::UnboundedSender;
-use tracing::error;
+use tracing::{error, warn};
 
+use crate::history::{Event, History};
 use crate::lease::{Lease, State};
 use crate::ledger::Ledger;
+use crate::quarantine::{Distrusted, Quarantine};
 use crate::request::{AttachOptions, check_devices};
+use crate::stores::Stores;
 
 /// What happened, for whoever watches.
 #[derive(Debug)]
@@ -62,6 +67,8 @@ pub enum Property {
     EnabledVirtualFunctions,
     /// The lease that holds it.
     Lease,
+    /// Why it is not trusted.
+    Quarantine,
 }
 
 impl Property {
@@ -82,6 +89,9 @@ impl Property {
 pub struct Broker {
     host: HostRoot,
     ledger: Ledger,
+    /// Locked before the data, and while it is written to disk, which the data never is.
+    quarantine: Mutex<Quarantine>,
+    history: History,
     changes: UnboundedSender<Change>,
     data: Mutex<Data>,
 }
@@ -90,6 +100,7 @@ pub struct Broker {
 struct Data {
     inventory: Arc<Inventory>,
     leases: BTreeMap<String, Lease>,
+    distrusted: Vec<Distrusted>,
 }
 
 impl Data {
@@ -100,19 +111,46 @@ impl Data {
 }
 
 impl Broker {
-    /// Reads the host and the ledger. Unfinished leases are left for [`recover`](Self::recover).
+    /// Reads the host and what is on disk. Unfinished leases are left for
+    /// [`recover`](Self::recover).
     pub fn open(
         host: HostRoot,
-        ledger: Ledger,
+        stores: Stores,
         changes: UnboundedSender<Change>,
     ) -> anyhow::Result<Self> {
+        let Stores { ledger, quarantine, history } = stores;
         let inventory = Arc::new(Inventory::scan(&host)?);
-        let (leases, aside) = ledger.load()?;
-        for file in aside {
-            error!(path = %file.path.display(), reason = file.reason, "a lease file was set aside");
+        let found = ledger.load()?;
+        let distrusted = quarantine.load();
+        let lease = |lease: Lease| {
+            let behind = found.behind.contains(&lease.id);
+            let lease = if behind { lagging::caught_up(lease, &inventory) } else { lease };
+            (lease.id.clone(), lease)
+        };
+        let leases = found.leases.into_iter().map(lease).collect();
+        let broker = Self {
+            host,
+            ledger,
+            quarantine: Mutex::new(quarantine),
+            history,
+            changes,
+            data: Mutex::new(Data { inventory, leases, distrusted: distrusted.devices }),
+        };
+        broker.note_aside(&found.aside);
+        broker.note_aside(&distrusted.aside);
+        if distrusted.lost {
+            error!("which devices are not trusted is lost; quarantine them again");
         }
-        let leases = leases.into_iter().map(|lease| (lease.id.clone(), lease)).collect();
-        Ok(Self { host, ledger, changes, data: Mutex::new(Data { inventory, leases }) })
+        for lease in broker.leases().iter().filter(|lease| found.behind.contains(&lease.id)) {
+            let state = lease.state.name();
+            warn!(lease = lease.id, state, "a lease's newest record is lost; by the kernel it is");
+            broker.note(
+                lease,
+                Event::Recovered,
+                &format!("its newest record was lost; by the kernel it is {state}"),
+            );
+        }
+        Ok(broker)
     }
 
     fn data(&self) -> MutexGuard<'_, Data> {
@@ -150,22 +188,20 @@ impl Broker {
     pub fn list_devices(&self, brief: bool) -> Vec<DeviceRecord> {
         let data = self.data();
         let claims = claims_by_device(&data.leases);
-        data.inventory
-            .functions()
-            .map(|f| {
-                with_lease(
-                    device_record(&data.inventory, f, brief),
-                    claims.get(&f.address).copied(),
-                )
-            })
-            .collect()
+        let mut quarantined = data.quarantined();
+        let record = |f: &Arc<Function>| DeviceRecord {
+            quarantine: quarantined.remove(&f.address),
+            ..with_lease(device_record(&data.inventory, f, brief), claims.get(&f.address).copied())
+        };
+        data.inventory.functions().map(record).collect()
     }
 
     /// One function's record.
     pub fn device(&self, address: PciAddress) -> Option<DeviceRecord> {
         let data = self.data();
         let record = device_record(&data.inventory, data.inventory.get(address)?, false);
-        Some(with_lease(record, data.holder(address)))
+        let quarantine = data.quarantined().remove(&address);
+        Some(DeviceRecord { quarantine, ..with_lease(record, data.holder(address)) })
     }
 
     /// The id of the lease that holds a function.
@@ -240,7 +276,8 @@ fn plan_within(
         (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone() })
     };
     let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
-    plan::attach(&data.inventory, &Circumstances { claims, uses }, request)
+    let quarantined = data.quarantined();
+    plan::attach(&data.inventory, &Circumstances { claims, uses, quarantined }, request)
 }
 
 fn claims_by_device(leases: &BTreeMap<String, Lease>) -> BTreeMap<PciAddress, &Lease> {

@@ -12,8 +12,8 @@ use libvfio::host::HostRoot;
 use tokio::sync::mpsc::unbounded_channel;
 use vfiod::broker::Broker;
 use vfiod::lease::{Lease, State};
-use vfiod::ledger::Ledger;
 use vfiod::service::Service;
+use vfiod::stores::Stores;
 use zbus::connection::Builder;
 use zbus::fdo::IntrospectableProxy;
 use zbus_xml::{ArgDirection, Interface, Node};
@@ -75,10 +75,10 @@ fn ours(node: &Node<'_>) -> BTreeSet<String> {
 async fn the_service_is_what_the_contract_says() {
     let dir = tempfile::tempdir().unwrap();
     describe(dir.path()).unwrap();
-    let ledger = Ledger::open(dir.path().join("leases")).unwrap();
-    ledger.write(&failed_lease()).unwrap();
+    let stores = Stores::open(&dir.path().join("leases"), &dir.path().join("state")).unwrap();
+    stores.ledger.write(&failed_lease()).unwrap();
     let (tell, _changes) = unbounded_channel();
-    let broker = Broker::open(HostRoot::new(dir.path()), ledger, tell.clone()).unwrap();
+    let broker = Broker::open(HostRoot::new(dir.path()), stores, tell.clone()).unwrap();
     let (server, client) = UnixStream::pair().unwrap();
     for end in [&server, &client] {
         end.set_nonblocking(true).unwrap();

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
@@ -17,6 +16,7 @@ use libvfio::{holders, protection, vfio};
 use tracing::{error, info, warn};
 
 use super::{Broker, Change, Data, Property, internal, plan_within};
+use crate::history::{self, Event};
 use crate::lease::{Found, Lease, Recorded, State};
 use crate::request::{AttachOptions, ReleaseOptions};
 use crate::transition::{self, Stopped};
@@ -55,6 +55,7 @@ impl Broker {
                     "attached: {}",
                     done(&lease.forward)
                 );
+                self.note(&lease, Event::Attached, "");
                 Ok(lease)
             }
             Err(stopped) => Err(self.abandon(lease, &stopped)),
@@ -76,6 +77,7 @@ impl Broker {
                 format!("{stopped}; undoing what was done before failed too: {}", all(&failures));
         }
         warn!(lease = lease.id, tenant = lease.tenant, message, "an attachment failed");
+        self.note(&lease, Event::Failed, &message);
         self.close(lease, &failures, Some(&message));
         Failure::new(kind, message)
     }
@@ -140,6 +142,8 @@ impl Broker {
             "released: {}",
             done(&lease.backward)
         );
+        let end = if failures.is_empty() { Event::Released } else { Event::Failed };
+        self.note(&lease, end, message.as_deref().unwrap_or_default());
         self.close(lease, &failures, message.as_deref());
         match message {
             None => Ok(()),
@@ -217,6 +221,7 @@ impl Broker {
     fn dismiss(&self, data: &mut Data, lease: &Lease) -> Result<(), Failure> {
         self.ledger.remove(&lease.id).map_err(Stopped::from).map_err(internal)?;
         data.leases.remove(&lease.id);
+        self.note(lease, Event::Released, "it had failed, and its record was dismissed");
         self.tell(Change::LeaseChanged { id: lease.id.clone(), state: "released", reason: None });
         Ok(())
     }
@@ -243,7 +248,7 @@ fn new_lease(
         tenant: tenant.to_owned(),
         vm: options.vm.clone(),
         owner,
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        created: history::now(),
         state: State::Preparing,
         reason: None,
         devices: plan.devices.iter().filter_map(found).collect(),

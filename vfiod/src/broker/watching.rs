@@ -11,6 +11,7 @@ use tracing::warn;
 
 use super::leasing::all;
 use super::{Broker, Change, Property};
+use crate::history::Event;
 use crate::lease::{Lease, State};
 use crate::transition;
 
@@ -39,6 +40,7 @@ impl Broker {
                     }
                     let failures = transition::backward(&self.host, &self.ledger, &mut lease);
                     let reason = format!("the daemon stopped while it was {state}");
+                    self.note(&lease, Event::Recovered, &reason);
                     self.close(lease, &failures, Some(&reason));
                 }
             }
@@ -90,6 +92,7 @@ impl Broker {
             [] => reason.to_owned(),
             failures => format!("{reason}; {}", all(failures)),
         });
+        self.note(&lease, Event::Failed, lease.reason.as_deref().unwrap_or(reason));
         self.record_failure(lease);
     }
 
