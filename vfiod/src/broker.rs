@@ -19,9 +19,8 @@ use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection;
 use tokio::sync::mpsc::UnboundedSender;
-use tracing::{error, warn};
 
-use crate::history::{Event, History};
+use crate::history::History;
 use crate::lease::{Lease, State};
 use crate::ledger::Ledger;
 use crate::quarantine::{Distrusted, Quarantine};
@@ -118,7 +117,7 @@ impl Broker {
         stores: Stores,
         changes: UnboundedSender<Change>,
     ) -> anyhow::Result<Self> {
-        let Stores { ledger, quarantine, history } = stores;
+        let Stores { ledger, mut quarantine, history } = stores;
         let inventory = Arc::new(Inventory::scan(&host)?);
         let found = ledger.load()?;
         let distrusted = quarantine.load();
@@ -139,16 +138,10 @@ impl Broker {
         broker.note_aside(&found.aside);
         broker.note_aside(&distrusted.aside);
         if distrusted.lost {
-            error!("which devices are not trusted is lost; quarantine them again");
+            broker.note_quarantine_lost();
         }
         for lease in broker.leases().iter().filter(|lease| found.behind.contains(&lease.id)) {
-            let state = lease.state.name();
-            warn!(lease = lease.id, state, "a lease's newest record is lost; by the kernel it is");
-            broker.note(
-                lease,
-                Event::Recovered,
-                &format!("its newest record was lost; by the kernel it is {state}"),
-            );
+            broker.note_caught_up(lease);
         }
         Ok(broker)
     }
@@ -200,7 +193,7 @@ impl Broker {
     pub fn device(&self, address: PciAddress) -> Option<DeviceRecord> {
         let data = self.data();
         let record = device_record(&data.inventory, data.inventory.get(address)?, false);
-        let quarantine = data.quarantined().remove(&address);
+        let quarantine = data.quarantine_of(address);
         Some(DeviceRecord { quarantine, ..with_lease(record, data.holder(address)) })
     }
 

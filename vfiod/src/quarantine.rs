@@ -128,10 +128,25 @@ pub fn reasons(entries: &[Distrusted], inventory: &Inventory) -> BTreeMap<PciAdd
     entries.iter().filter_map(found).collect()
 }
 
+/// Why a function is not trusted, if so.
+pub fn reason(
+    entries: &[Distrusted],
+    inventory: &Inventory,
+    function: &Function,
+) -> Option<String> {
+    let means = |entry: &&Distrusted| {
+        entry.is(inventory, function)
+            && entry.find(inventory).is_some_and(|f| f.address == function.address)
+    };
+    entries.iter().rfind(means).map(|entry| entry.reason.clone())
+}
+
 /// The file of devices not trusted, twice.
 #[derive(Debug)]
 pub struct Quarantine {
     paths: [PathBuf; 2],
+    /// The last writing failed.
+    unwritten: bool,
 }
 
 #[derive(Serialize)]
@@ -160,11 +175,12 @@ pub struct Loaded {
 impl Quarantine {
     /// The quarantine in directory `dir`. Reads nothing yet.
     pub fn open(dir: &Path) -> Self {
-        Self { paths: ["quarantine.json", "quarantine.json.copy"].map(|name| dir.join(name)) }
+        let paths = ["quarantine.json", "quarantine.json.copy"].map(|name| dir.join(name));
+        Self { paths, unwritten: false }
     }
 
     /// Reads the devices. A file that is spoilt or missing is made good from the other.
-    pub fn load(&self) -> Loaded {
+    pub fn load(&mut self) -> Loaded {
         let mut loaded = Loaded::default();
         let mut found = None;
         for path in &self.paths {
@@ -176,7 +192,7 @@ impl Quarantine {
         loaded.lost = found.is_none() && !loaded.aside.is_empty();
         if let Some(devices) = found {
             if !loaded.aside.is_empty() {
-                // Where it fails, the next change fails too and is told to whoever makes it.
+                // Where it fails, the next change is written with it, or fails too and is told.
                 let _ = self.write(&devices);
             }
             loaded.devices = devices;
@@ -185,9 +201,16 @@ impl Quarantine {
     }
 
     /// Writes the devices. When this returns, a power loss finds them so.
-    pub fn write(&self, devices: &[Distrusted]) -> io::Result<()> {
+    pub fn write(&mut self, devices: &[Distrusted]) -> io::Result<()> {
         let bytes = serde_json::to_vec(&Writing { form: FORM, devices })?;
-        self.paths.iter().try_for_each(|path| durable::replace(path, &bytes))
+        let written = self.paths.iter().try_for_each(|path| durable::replace(path, &bytes));
+        self.unwritten = written.is_err();
+        written
+    }
+
+    /// Whether the disk may not have what was last to be written.
+    pub fn is_unwritten(&self) -> bool {
+        self.unwritten
     }
 }
 
@@ -225,7 +248,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let dir = tempfile::tempdir().unwrap();
-        let quarantine = Quarantine::open(dir.path());
+        let mut quarantine = Quarantine::open(dir.path());
         let loaded = quarantine.load();
         assert!(loaded.devices.is_empty() && !loaded.lost);
         let devices = [distrusted(None), distrusted(Some("00-11"))];
@@ -238,11 +261,11 @@ mod tests {
     #[test]
     fn one_spoilt_or_missing_file_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let quarantine = Quarantine::open(dir.path());
+        let mut quarantine = Quarantine::open(dir.path());
         let devices = [distrusted(None)];
         quarantine.write(&devices).unwrap();
         let whole = fs::read(&quarantine.paths[0]).unwrap();
-        for path in &quarantine.paths {
+        for path in &quarantine.paths.clone() {
             for length in 0..whole.len() {
                 fs::write(path, &whole[..length]).unwrap();
                 assert!(read(path).is_err(), "{length} bytes");
@@ -260,7 +283,7 @@ mod tests {
     #[test]
     fn two_spoilt_files_are_said_to_be_lost() {
         let dir = tempfile::tempdir().unwrap();
-        let quarantine = Quarantine::open(dir.path());
+        let mut quarantine = Quarantine::open(dir.path());
         for (path, text) in quarantine.paths.iter().zip(["", "{\"form\":2,\"devices\":[]}"]) {
             fs::write(path, text).unwrap();
         }

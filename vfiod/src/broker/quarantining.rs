@@ -2,6 +2,7 @@
 //! a quarantine keeps a device from its next lease.
 
 use std::collections::BTreeMap;
+use std::sync::PoisonError;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{Failure, QuarantineRecord};
@@ -20,6 +21,11 @@ impl Data {
     pub(super) fn quarantined(&self) -> BTreeMap<PciAddress, String> {
         quarantine::reasons(&self.distrusted, &self.inventory)
     }
+
+    /// Why a function is not trusted, if so.
+    pub(super) fn quarantine_of(&self, address: PciAddress) -> Option<String> {
+        quarantine::reason(&self.distrusted, &self.inventory, self.inventory.get(address)?)
+    }
 }
 
 impl Broker {
@@ -31,7 +37,7 @@ impl Broker {
 
     /// Why a function is not trusted, if so.
     pub fn quarantine_of(&self, address: PciAddress) -> Option<String> {
-        self.data().quarantined().remove(&address)
+        self.data().quarantine_of(address)
     }
 
     /// Keeps the device that `name` means from leases to come, for `reason`, on behalf of user
@@ -62,7 +68,7 @@ impl Broker {
         reason: &str,
         by: Option<u32>,
     ) -> Result<(), Failure> {
-        let quarantine = self.quarantine.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut quarantine = self.quarantine.lock().unwrap_or_else(PoisonError::into_inner);
         let (devices, news) = {
             let mut data = self.data();
             let inventory = data.inventory.clone();
@@ -81,11 +87,14 @@ impl Broker {
             }
             (data.distrusted.clone(), news)
         };
-        if news.is_empty() {
+        if news.is_empty() && !quarantine.is_unwritten() {
             return Ok(());
         }
         let written = quarantine.write(&devices).map_err(unwritten);
         drop(quarantine);
+        if news.is_empty() {
+            return written;
+        }
         warn!(devices = ?news, reason, by, "quarantined");
         self.tell_quarantine_changed(&news);
         let text = format!("by {}: {reason}", by.map_or("vfiod".into(), |id| format!("user {id}")));
@@ -100,7 +109,7 @@ impl Broker {
             Ok(address) => address,
             Err(error) => name.parse().map_err(|_| error)?,
         };
-        let quarantine = self.quarantine.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut quarantine = self.quarantine.lock().unwrap_or_else(PoisonError::into_inner);
         let (kept, cleared): (Vec<Distrusted>, Vec<Distrusted>) = {
             let data = self.data();
             let is_at = |e: &Distrusted| e.find(&data.inventory).map_or(e.address, |f| f.address);
@@ -155,6 +164,27 @@ impl Broker {
         }
     }
 
+    /// Puts on record that the devices not trusted are not known any more.
+    pub(super) fn note_quarantine_lost(&self) {
+        let text = "which devices were in quarantine is lost; quarantine them again";
+        error!("{text}");
+        self.record(&Entry::now(Event::SetAside, Vec::new(), text));
+    }
+
+    /// Puts on record, and on disk, what the kernel says of a lease whose newest record is lost.
+    pub(super) fn note_caught_up(&self, lease: &Lease) {
+        let state = lease.state.name();
+        warn!(lease = lease.id, state, "a lease's newest record is lost; by the kernel it is so");
+        self.note(
+            lease,
+            Event::Recovered,
+            &format!("its newest record is lost; by the kernel it is {state}"),
+        );
+        if let Err(error) = self.ledger.write(lease) {
+            warn!(lease = lease.id, %error, "cannot write the lease ledger");
+        }
+    }
+
     /// A record that cannot be written is no reason to stop.
     pub(super) fn record(&self, entry: &Entry) {
         if let Err(error) = self.history.append(entry) {
@@ -168,7 +198,8 @@ fn unwritten(error: std::io::Error) -> Failure {
     Failure::new(
         ErrorKind::Internal,
         format!(
-            "cannot write the quarantine: {error}; free space in vfiod's state directory and try again"
+            "cannot write the quarantine, so it may be as before when vfiod starts again: {error}; \
+             free space in its state directory (/var/lib/vfiod) and try again"
         ),
     )
 }
