@@ -43,6 +43,8 @@ pub struct Circumstances {
     pub claims: BTreeMap<PciAddress, Claim>,
     /// What the host does with its devices.
     pub uses: Vec<Use>,
+    /// Functions that are not trusted, and why.
+    pub quarantined: BTreeMap<PciAddress, String>,
 }
 
 /// The way from the host's drivers to a guest, for whole groups.
@@ -63,7 +65,7 @@ pub struct Plan {
 pub struct Reason {
     /// What kind of refusal it makes.
     pub kind: ErrorKind,
-    /// A stable word for programs: `leased`, `sibling`, `in-use`.
+    /// A stable word for programs: `leased`, `quarantined`, `sibling`.
     pub code: &'static str,
     /// The function or thing that stands in the way.
     pub object: String,
@@ -101,7 +103,7 @@ impl Refusal {
 fn weight(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Unsupported => 0,
-        ErrorKind::Wedged => 1,
+        ErrorKind::Wedged | ErrorKind::Quarantined => 1,
         ErrorKind::AlreadyLeased => 2,
         ErrorKind::Protected => 3,
         ErrorKind::NotViable => 4,
@@ -222,6 +224,14 @@ fn refuse_function(
         )];
     }
     let mut reasons = Vec::new();
+    if let Some(why) = circumstances.quarantined.get(&address) {
+        reasons.push(reason(
+            ErrorKind::Quarantined,
+            "quarantined",
+            format!("is in quarantine: {why}"),
+            format!("see to that, then trust it again with 'vfioctl quarantine clear {address}'"),
+        ));
+    }
     if function.iommu_group.is_none() || inventory.platform.isolation == Isolation::None {
         reasons.push(reason(
             ErrorKind::NotViable,

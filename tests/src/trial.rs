@@ -1,18 +1,20 @@
 //! Brokers on a simulated host: in the test's own process, or in one of their own that can be
 //! killed. Touches the simulated host and the directory of leases it is given.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libvfio::client::Failure;
 use libvfio::host::HostRoot;
-use tokio::sync::mpsc::unbounded_channel;
-use vfiod::broker::{Asker, Broker};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use vfiod::broker::{Asker, Broker, Change};
 use vfiod::lease::Lease;
 use vfiod::ledger::Ledger;
 use vfiod::request::AttachOptions;
-use vfiod::transition::Walker;
+use vfiod::stores::Stores;
+use vfiod::transition::Means;
 use vfiod::worker::{Deadline, Deadlines, Reader, Workers};
 
 /// What a broker is started with.
@@ -22,34 +24,44 @@ pub struct Setting {
     pub program: PathBuf,
     /// The host's root.
     pub root: PathBuf,
-    /// Where leases are kept.
-    pub leases: PathBuf,
+    /// Where records are kept: leases in `leases`, the rest in `state`.
+    pub records: PathBuf,
     /// Deadlines of steps, as the daemon takes them.
     pub deadlines: Vec<String>,
 }
 
 impl Setting {
     /// A broker's setting, deadlines by default.
-    pub fn new(program: &str, root: &Path, leases: &Path) -> Self {
-        let (program, root, leases) = (program.into(), root.to_owned(), leases.to_owned());
-        Self { program, root, leases, deadlines: Vec::new() }
+    pub fn new(program: &str, root: &Path, records: &Path) -> Self {
+        let (program, root, records) = (program.into(), root.to_owned(), records.to_owned());
+        Self { program, root, records, deadlines: Vec::new() }
     }
 
-    /// A broker that has just started, where others may have run before. Tells nobody of changes.
+    /// The ledger in the records.
+    pub fn ledger(&self) -> io::Result<Ledger> {
+        Ledger::open(self.records.join("leases"))
+    }
+
+    /// A broker that has just started, where others may have run before.
     pub fn start(&self) -> anyhow::Result<Arc<Broker>> {
+        Ok(self.start_and_listen()?.0)
+    }
+
+    /// The same, with what it tells of changes.
+    pub fn start_and_listen(&self) -> anyhow::Result<(Arc<Broker>, UnboundedReceiver<Change>)> {
         let workers = Arc::new(Workers::new(&self.program, &self.root));
         let (loose, legible) = std::sync::mpsc::channel();
         let reader = Reader::new(workers.clone(), Duration::from_secs(2), loose);
         let deadlines: Result<Vec<Deadline>, String> =
             self.deadlines.iter().map(|text| text.parse()).collect();
-        let walker = Walker {
+        let means = Means {
             host: HostRoot::new(&self.root).with_patience(Arc::new(reader)),
-            ledger: Ledger::open(&self.leases)?,
             workers,
             deadlines: Deadlines::with(deadlines.map_err(anyhow::Error::msg)?),
         };
-        let (tell, _) = unbounded_channel();
-        let broker = Arc::new(Broker::open(walker, tell)?);
+        let stores = Stores::open(&self.records.join("leases"), &self.records.join("state"))?;
+        let (tell, changes) = unbounded_channel();
+        let broker = Arc::new(Broker::open(means, stores, tell)?);
         broker.recover();
         let reading = Arc::downgrade(&broker);
         std::thread::spawn(move || {
@@ -58,7 +70,7 @@ impl Setting {
                 broker.notice([address]);
             }
         });
-        Ok(broker)
+        Ok((broker, changes))
     }
 }
 

@@ -12,7 +12,6 @@ use libvfio::pci::Binding;
 use nix::errno::Errno;
 use vfiod::broker::{Asker, Broker};
 use vfiod::lease::{Lease, State};
-use vfiod::ledger::Ledger;
 use vfiod::request::ReleaseOptions;
 use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim, WORKSTATION};
 use vfiod_tests::trial::{self, Setting, eventually};
@@ -91,7 +90,7 @@ fn whichever_step_fails_all_before_it_is_undone_and_the_error_names_it() {
             }
             assert_eq!(bindings(&sim), before, "{error}");
             assert!(broker.leases().is_empty());
-            assert!(Ledger::open(dir.path()).unwrap().load().unwrap().0.is_empty());
+            assert!(setting(&sim, dir.path()).ledger().unwrap().load().unwrap().0.is_empty());
         }
     }
 }
@@ -135,7 +134,7 @@ fn wherever_a_daemon_was_stopped_the_next_undoes_it() {
         // The kernel is back to where that ledger was written, once before the next step and once
         // after it.
         for happened in [known, known + 1] {
-            let ledger = Ledger::open(dir.path()).unwrap();
+            let ledger = setting(&sim, dir.path()).ledger().unwrap();
             for step in lease.forward.iter().skip(happened).rev().filter_map(|r| r.step.inverse()) {
                 step.execute(&sim.host()).unwrap();
             }

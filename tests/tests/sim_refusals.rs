@@ -26,7 +26,8 @@ fn uses(sim: &Sim, inventory: &Inventory) -> Vec<protection::Use> {
 fn refusal(text: &str, device: &str, claims: BTreeMap<PciAddress, Claim>) -> Refusal {
     let sim = Sim::mount(&Described::parse(text).unwrap()).unwrap();
     let inventory = Inventory::scan(&sim.host()).unwrap();
-    let circumstances = Circumstances { claims, uses: uses(&sim, &inventory) };
+    let circumstances =
+        Circumstances { claims, uses: uses(&sim, &inventory), ..Circumstances::default() };
     let request = Request { devices: vec![at(device)], ..Request::default() };
     plan::attach(&inventory, &circumstances, &request).unwrap_err()
 }

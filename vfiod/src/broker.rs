@@ -4,7 +4,9 @@
 //! own, one for each lease that moves, so that nobody waits for another's device.
 
 mod ending;
+mod lagging;
 mod leasing;
+mod quarantining;
 mod watching;
 
 pub use leasing::Asker;
@@ -23,11 +25,13 @@ use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection;
 use tokio::sync::mpsc::UnboundedSender;
-use tracing::error;
 
+use crate::history::History;
 use crate::lease::{Lease, State};
+use crate::quarantine::{Distrusted, Quarantine};
 use crate::request::{AttachOptions, check_devices};
-use crate::transition::Walker;
+use crate::stores::Stores;
+use crate::transition::{Means, Walker};
 
 /// What happened, for whoever watches.
 #[derive(Debug)]
@@ -68,6 +72,8 @@ pub enum Property {
     EnabledVirtualFunctions,
     /// The lease that holds it.
     Lease,
+    /// Why it is not trusted.
+    Quarantine,
 }
 
 impl Property {
@@ -87,6 +93,9 @@ impl Property {
 #[derive(Debug)]
 pub struct Broker {
     walker: Walker,
+    /// Locked before the data, and while it is written to disk, which the data never is.
+    quarantine: Mutex<Quarantine>,
+    history: History,
     changes: UnboundedSender<Change>,
     data: Mutex<Data>,
     /// A lease has come to its end.
@@ -99,6 +108,7 @@ pub struct Broker {
 struct Data {
     inventory: Arc<Inventory>,
     leases: BTreeMap<String, Lease>,
+    distrusted: Vec<Distrusted>,
     /// The look that told of each function.
     looked: BTreeMap<PciAddress, u64>,
     /// Leases that something has happened to, until it is clear what.
@@ -124,22 +134,47 @@ impl Data {
 }
 
 impl Broker {
-    /// Reads the host and the ledger. Unfinished leases are left for [`recover`](Self::recover).
-    pub fn open(walker: Walker, changes: UnboundedSender<Change>) -> anyhow::Result<Self> {
-        let inventory = Arc::new(Inventory::scan(&walker.host)?);
-        let (leases, aside) = walker.ledger.load()?;
-        for file in aside {
-            error!(path = %file.path.display(), reason = file.reason, "a lease file was set aside");
-        }
-        let leases = leases.into_iter().map(|lease| (lease.id.clone(), lease)).collect();
-        let (looked, judged) = (BTreeMap::new(), BTreeSet::new());
-        Ok(Self {
-            walker,
+    /// Reads the host and what is on disk. Unfinished leases are left for
+    /// [`recover`](Self::recover).
+    pub fn open(
+        means: Means,
+        stores: Stores,
+        changes: UnboundedSender<Change>,
+    ) -> anyhow::Result<Self> {
+        let Stores { ledger, mut quarantine, history } = stores;
+        let inventory = Arc::new(Inventory::scan(&means.host)?);
+        let found = ledger.load()?;
+        let distrusted = quarantine.load();
+        let lease = |lease: Lease| {
+            let behind = found.behind.contains(&lease.id);
+            let lease = if behind { lagging::caught_up(lease, &inventory) } else { lease };
+            (lease.id.clone(), lease)
+        };
+        let data = Data {
+            leases: found.leases.into_iter().map(lease).collect(),
+            inventory: inventory.clone(),
+            distrusted: distrusted.devices,
+            looked: BTreeMap::new(),
+            judged: BTreeSet::new(),
+        };
+        let broker = Self {
+            walker: Walker { means, ledger },
+            quarantine: Mutex::new(quarantine),
+            history,
             changes,
-            data: Mutex::new(Data { inventory, leases, looked, judged }),
+            data: Mutex::new(data),
             ended: Condvar::new(),
             looks: AtomicU64::new(1),
-        })
+        };
+        broker.note_aside(&found.aside);
+        broker.note_aside(&distrusted.aside);
+        if distrusted.lost {
+            broker.note_quarantine_lost();
+        }
+        for lease in broker.leases().iter().filter(|lease| found.behind.contains(&lease.id)) {
+            broker.note_caught_up(lease);
+        }
+        Ok(broker)
     }
 
     /// Has work done on a thread of its own, and answers as soon as the work has an answer.
@@ -154,7 +189,7 @@ impl Broker {
     }
 
     fn host(&self) -> &HostRoot {
-        &self.walker.host
+        &self.walker.means.host
     }
 
     fn data(&self) -> MutexGuard<'_, Data> {
@@ -192,8 +227,11 @@ impl Broker {
     pub fn list_devices(&self, brief: bool) -> Vec<DeviceRecord> {
         let data = self.data();
         let claims = claims_by_device(&data.leases);
+        let mut quarantined = data.quarantined();
         let record = |f: &Arc<Function>| {
-            device_record(&data.inventory, f, claims.get(&f.address).copied(), brief)
+            let lease = claims.get(&f.address).copied();
+            let quarantine = quarantined.remove(&f.address);
+            DeviceRecord { quarantine, ..device_record(&data.inventory, f, lease, brief) }
         };
         data.inventory.functions().map(record).collect()
     }
@@ -202,7 +240,8 @@ impl Broker {
     pub fn device(&self, address: PciAddress) -> Option<DeviceRecord> {
         let data = self.data();
         let function = data.inventory.get(address)?;
-        Some(device_record(&data.inventory, function, data.holder(address), false))
+        let record = device_record(&data.inventory, function, data.holder(address), false);
+        Some(DeviceRecord { quarantine: data.quarantine_of(address), ..record })
     }
 
     /// The id of the lease that holds a function.
@@ -278,7 +317,8 @@ fn plan_within(
         (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone(), wedged })
     };
     let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
-    plan::attach(&data.inventory, &Circumstances { claims, uses }, request)
+    let quarantined = data.quarantined();
+    plan::attach(&data.inventory, &Circumstances { claims, uses, quarantined }, request)
 }
 
 fn claims_by_device(leases: &BTreeMap<String, Lease>) -> BTreeMap<PciAddress, &Lease> {

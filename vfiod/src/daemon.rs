@@ -17,9 +17,9 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::prelude::*;
 
 use crate::broker::Broker;
-use crate::ledger::Ledger;
 use crate::service::Service;
-use crate::transition::Walker;
+use crate::stores::Stores;
+use crate::transition::Means;
 use crate::uevent::{Hint, Uevents};
 use crate::worker::{self, Deadline, Deadlines, Reader, Workers};
 
@@ -31,7 +31,10 @@ const LOOKING: Duration = Duration::from_secs(5);
 /// What is below the options in `--help` and in the manual page.
 const MORE: &str = "\
 Files:
-  /run/vfiod/leases/ID.json   a lease; what is none is set aside as *.unreadable
+  /run/vfiod/leases/ID.json       a lease, and in ID.old as it was one step before
+  /var/lib/vfiod/quarantine.json  devices not trusted; the same in quarantine.json.copy
+  /var/lib/vfiod/history.jsonl    what became of leases, and before that in history.jsonl.1
+  *.unreadable                    what was found in place of a lease or of a quarantine
 
 Environment:
   VFIOD_LOG   what to log: error, warn, info (the default), debug, or tracing's filters
@@ -55,6 +58,9 @@ pub struct Args {
     /// Where leases are kept through restarts
     #[arg(long, value_name = "DIR", default_value = "/run/vfiod/leases")]
     leases: PathBuf,
+    /// Where what outlives the host's restart is kept: devices not trusted, and history
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/vfiod")]
+    state: PathBuf,
     /// The bus to serve on, as a D-Bus address, instead of the system bus
     #[arg(long, value_name = "ADDRESS")]
     bus: Option<String>,
@@ -94,20 +100,18 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
 async fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let uevents = Uevents::listen().context("cannot listen for device events")?;
-    let ledger = Ledger::open(&args.leases)
-        .with_context(|| format!("cannot open the lease ledger in {}", args.leases.display()))?;
+    let stores = Stores::open(&args.leases, &args.state).context("cannot open the records")?;
     let (tell, changes) = unbounded_channel();
     let (loose, legible) = std::sync::mpsc::channel();
     // Itself, also when its file has been replaced by another version.
     let workers = Arc::new(Workers::new("/proc/self/exe", &args.root));
     let reader = Reader::new(workers.clone(), PATIENCE, loose);
-    let walker = Walker {
+    let means = Means {
         host: HostRoot::new(&args.root).with_patience(Arc::new(reader)),
-        ledger,
         workers: workers.clone(),
         deadlines: Deadlines::with(args.deadlines.iter().copied()),
     };
-    let broker = Arc::new(Broker::open(walker, tell.clone())?);
+    let broker = Arc::new(Broker::open(means, stores, tell.clone())?);
     broker.recover();
     let builder = match &args.bus {
         Some(address) => zbus::connection::Builder::address(address.as_str()),

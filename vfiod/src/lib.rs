@@ -1,18 +1,23 @@
 //! The daemon: one owner of device assignment on a host, for everyone on the bus.
 //!
 //! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] has steps carried out
-//! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`owner`] waits for whom they
-//! end with, [`authority`] asks who may, [`uevent`] listens.
+//! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`quarantine`] remembers
+//! devices not trusted, [`history`] what happened, [`owner`] waits for whom leases end with,
+//! [`authority`] asks who may, [`uevent`] listens.
 
 pub mod authority;
 pub mod broker;
 mod crash;
 pub mod daemon;
+mod durable;
+pub mod history;
 pub mod lease;
 pub mod ledger;
 pub mod owner;
+pub mod quarantine;
 pub mod request;
 pub mod service;
+pub mod stores;
 pub mod transition;
 pub mod uevent;
 pub mod worker;

@@ -8,6 +8,10 @@ use zbus::wire::OwnedVariant;
 
 /// Longest name of a tenant, a virtual machine or a device, in bytes.
 const LONGEST: usize = 64;
+/// Longest reason, in bytes.
+const LONGEST_REASON: usize = 256;
+/// Things that happened, if a caller does not say how many to tell of.
+const LAST: usize = 100;
 /// Most devices one call may name.
 const MOST_DEVICES: usize = 256;
 
@@ -45,6 +49,23 @@ pub struct ListOptions {
     pub brief: bool,
 }
 
+/// Options of listing what happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HistoryOptions {
+    /// How many of the newest.
+    pub last: usize,
+    /// Only what happened to this lease.
+    pub lease: Option<String>,
+    /// Only what happened to the device of this name.
+    pub device: Option<String>,
+}
+
+impl Default for HistoryOptions {
+    fn default() -> Self {
+        Self { last: LAST, lease: None, device: None }
+    }
+}
+
 fn invalid(message: String) -> Failure {
     Failure::new(ErrorKind::InvalidArgument, message)
 }
@@ -60,6 +81,20 @@ pub fn check_name(what: &str, name: &str) -> Result<(), Failure> {
             "the {what} {name:?} has characters that are not allowed; use letters, digits and \
              . _ : @ + - and begin with a letter or digit"
         )));
+    }
+    Ok(())
+}
+
+/// Checks the reason of a quarantine: it ends up in logs and on terminals.
+pub fn check_reason(reason: &str) -> Result<(), Failure> {
+    if reason.trim().is_empty() || reason.len() > LONGEST_REASON {
+        return Err(invalid(format!(
+            "the reason has {} bytes; say in 1 to {LONGEST_REASON} why the device is not trusted",
+            reason.len()
+        )));
+    }
+    if reason.chars().any(char::is_control) {
+        return Err(invalid("the reason has control characters; give it as one line".into()));
     }
     Ok(())
 }
@@ -136,6 +171,24 @@ impl ListOptions {
     }
 }
 
+impl HistoryOptions {
+    /// Reads them, refusing what it does not know.
+    pub fn read(raw: &RawOptions) -> Result<Self, Failure> {
+        let mut options = Self::default();
+        for (key, value) in raw {
+            match key.as_str() {
+                "last" => {
+                    options.last = usize::try_from(number(key, value)?).unwrap_or(usize::MAX);
+                }
+                "lease" => options.lease = Some(text(key, value)?),
+                "device" => options.device = Some(text(key, value)?),
+                _ => return Err(unknown(key, &["last", "lease", "device"])),
+            }
+        }
+        Ok(options)
+    }
+}
+
 fn unknown(key: &str, known: &[&str]) -> Failure {
     let key: String = key.chars().take(LONGEST).collect();
     invalid(format!("there is no option {key:?}; the options are {}", known.join(", ")))
@@ -184,10 +237,20 @@ mod tests {
     }
 
     #[test]
+    fn a_reason_is_one_line_that_says_something() {
+        check_reason("its firmware was changed, see https://…").unwrap();
+        for bad in ["", "  ", "a\nb", "a\u{1b}[31m", "x".repeat(257).as_str()] {
+            assert!(check_reason(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn options_are_typed_and_known() {
         assert!(AttachOptions::read(&raw("whole_group", true)).unwrap().whole_group);
         assert_eq!(AttachOptions::read(&raw("vm", "a")).unwrap().vm.as_deref(), Some("a"));
         assert!(AttachOptions::read(&raw("vm", 1u32)).is_err());
+        assert_eq!(HistoryOptions::read(&raw("last", 3u32)).unwrap().last, 3);
+        assert!(HistoryOptions::read(&raw("last", "3")).is_err());
         assert!(AttachOptions::read(&raw("vm", "a b")).is_err());
         assert_eq!(AttachOptions::read(&raw("pid", 7u32)).unwrap().pid, Some(7));
         assert!(AttachOptions::read(&raw("pid", "7")).is_err());

@@ -68,17 +68,24 @@ pub trait Watcher {
     fn loose(&self, lease: &mut Lease);
 }
 
-/// What it takes to walk.
+/// What steps are carried out with.
 #[derive(Debug, Clone)]
-pub struct Walker {
+pub struct Means {
     /// The host.
     pub host: HostRoot,
-    /// Where each step is recorded.
-    pub ledger: Ledger,
-    /// Who carries steps out.
+    /// Who carries them out.
     pub workers: Arc<Workers>,
     /// How long each may take.
     pub deadlines: Deadlines,
+}
+
+/// What it takes to walk.
+#[derive(Debug, Clone)]
+pub struct Walker {
+    /// What steps are carried out with.
+    pub means: Means,
+    /// Where each is recorded.
+    pub ledger: Ledger,
 }
 
 /// One lease's way, there or back.
@@ -128,7 +135,7 @@ impl Walk<'_> {
         for at in 0..lease.backward.len() {
             let step = lease.backward[at].step.clone();
             let device = step.device();
-            let gone = device.is_some_and(|d| !self.walker.host.function(d).path().exists());
+            let gone = device.is_some_and(|d| !self.walker.means.host.function(d).path().exists());
             let done = lease.backward[at].outcome.is_some();
             if done || gone || device.is_some_and(|d| stuck.contains(&d)) {
                 continue;
@@ -152,9 +159,9 @@ impl Walk<'_> {
     /// Has one step carried out, however long that takes.
     pub fn carry_out(&self, lease: &mut Lease, step: &Step) -> Result<Done, Stopped> {
         let lost = |source| Stopped::Lost { step: step.clone(), source };
-        let limit = self.walker.deadlines.of(step);
+        let limit = self.walker.means.deadlines.of(step);
         crash::point("before a step");
-        let call = self.walker.workers.step(step, self.lock.as_ref()).map_err(lost)?;
+        let call = self.walker.means.workers.step(step, self.lock.as_ref()).map_err(lost)?;
         let (carried, late): (Carried, _) = match call.carried(Some(limit)).map_err(lost)? {
             Ok(carried) => (carried, None),
             Err(call) => {

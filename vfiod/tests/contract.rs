@@ -12,9 +12,9 @@ use libvfio::host::HostRoot;
 use tokio::sync::mpsc::unbounded_channel;
 use vfiod::broker::Broker;
 use vfiod::lease::{Lease, State};
-use vfiod::ledger::Ledger;
 use vfiod::service::Service;
-use vfiod::transition::Walker;
+use vfiod::stores::Stores;
+use vfiod::transition::Means;
 use vfiod::worker::{Deadlines, Workers};
 use zbus::connection::Builder;
 use zbus::fdo::IntrospectableProxy;
@@ -79,17 +79,16 @@ fn ours(node: &Node<'_>) -> BTreeSet<String> {
 async fn the_service_is_what_the_contract_says() {
     let dir = tempfile::tempdir().unwrap();
     describe(dir.path()).unwrap();
-    let ledger = Ledger::open(dir.path().join("leases")).unwrap();
-    ledger.write(&failed_lease()).unwrap();
+    let stores = Stores::open(&dir.path().join("leases"), &dir.path().join("state")).unwrap();
+    stores.ledger.write(&failed_lease()).unwrap();
     let (tell, _changes) = unbounded_channel();
-    let walker = Walker {
+    let means = Means {
         host: HostRoot::new(dir.path()),
-        ledger,
         // Nothing is carried out here.
         workers: Arc::new(Workers::new("/bin/false", dir.path())),
         deadlines: Deadlines::default(),
     };
-    let broker = Broker::open(walker, tell.clone()).unwrap();
+    let broker = Broker::open(means, stores, tell.clone()).unwrap();
     let (server, client) = UnixStream::pair().unwrap();
     for end in [&server, &client] {
         end.set_nonblocking(true).unwrap();

@@ -7,7 +7,8 @@ mod records;
 
 pub use failure::Failure;
 pub use records::{
-    BarRecord, DeviceRecord, GroupRecord, LeaseRecord, PlanRecord, ReasonRecord, StepRecord,
+    BarRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
+    ReasonRecord, StepRecord,
 };
 
 use std::collections::HashMap;
@@ -59,6 +60,20 @@ pub trait Manager {
     /// Every lease.
     fn list_leases(&self) -> Result<Vec<LeaseRecord>, Failure>;
 
+    /// Every device that is not trusted.
+    fn list_quarantine(&self) -> Result<Vec<QuarantineRecord>, Failure>;
+
+    /// Keeps a device from leases to come; answers its address.
+    #[zbus(allow_interactive_auth)]
+    fn quarantine(&self, device: &str, reason: &str) -> Result<String, Failure>;
+
+    /// Trusts a device again; answers whether it was not trusted.
+    #[zbus(allow_interactive_auth)]
+    fn clear_quarantine(&self, device: &str) -> Result<bool, Failure>;
+
+    /// What became of leases and of devices not trusted, oldest first.
+    fn list_history(&self, options: Options<'_>) -> Result<Vec<HistoryRecord>, Failure>;
+
     /// All that is known of the device a name means.
     fn describe_device(&self, name: &str) -> Result<DeviceRecord, Failure>;
 
@@ -73,7 +88,7 @@ pub trait Manager {
     #[zbus(signal)]
     fn device_added(&self, address: &str);
 
-    /// A device changed: driver, override, group or VFs.
+    /// A device changed: driver, override, group, VFs, lease or quarantine.
     #[zbus(signal)]
     fn device_changed(&self, address: &str);
 

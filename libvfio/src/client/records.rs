@@ -1,4 +1,4 @@
-//! What the interface tells of devices, groups, plans and leases. On the bus each record is a
+//! What the interface tells of devices, groups, plans, leases and what became of them. On the bus each record is a
 //! dictionary `a{sv}` with the field's name as key; absent fields are unknown or do not apply.
 
 use zbus::wire::{DeserializeDict, SerializeDict, Type};
@@ -85,6 +85,8 @@ pub struct DeviceRecord {
     pub lease_state: Option<String>,
     /// On a VFIO driver without a lease: somebody else's.
     pub external: Option<bool>,
+    /// Why it is not trusted, if so.
+    pub quarantine: Option<String>,
     /// What could not be read or makes no sense.
     pub problems: Option<Vec<String>>,
 }
@@ -163,7 +165,7 @@ pub struct StepRecord {
 pub struct ReasonRecord {
     /// The error it leads to: `Busy`, `NotViable` and so on.
     pub kind: String,
-    /// A stable word: `leased`, `sibling`, `in-use`.
+    /// A stable word: `leased`, `quarantined`, `sibling`.
     pub code: String,
     /// What stands in the way.
     pub object: String,
@@ -197,6 +199,44 @@ pub struct LeaseRecord {
     pub created: u64,
     /// What was done for it.
     pub steps: Vec<StepRecord>,
+}
+
+/// A device that is not trusted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}")]
+pub struct QuarantineRecord {
+    /// Where it is, or where it was if it is not there.
+    pub address: String,
+    /// Vendor and device in words, or their ids if it is not there.
+    pub name: String,
+    /// When it was put there, in seconds since 1970.
+    pub since: u64,
+    /// Why.
+    pub reason: String,
+    /// Who put it there: a user id, or `vfiod`.
+    pub by: String,
+    /// Whether it is there.
+    pub present: bool,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, Default, PartialEq, Eq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}")]
+pub struct HistoryRecord {
+    /// When, in seconds since 1970.
+    pub time: u64,
+    /// `attached`, `released`, `failed`, `recovered`, `quarantined`, `cleared` or `set-aside`.
+    pub event: String,
+    /// The lease it happened to.
+    pub lease: Option<String>,
+    /// That lease's tenant.
+    pub tenant: Option<String>,
+    /// The virtual machine it was for.
+    pub vm: Option<String>,
+    /// The functions concerned.
+    pub devices: Vec<String>,
+    /// Why or how; may be empty.
+    pub text: String,
 }
 
 impl DeviceRecord {

@@ -1,6 +1,6 @@
 //! `trial worker --root ROOT`: the worker of the brokers that tests start.
 //!
-//! `trial ROOT LEASES attach DEVICE|release TARGET|recover`: a broker that does one thing and ends,
+//! `trial ROOT RECORDS attach DEVICE|release TARGET|recover`: a broker that does one thing and ends,
 //! if it is not killed before. Exits with 1 and the reason if that is refused.
 
 use std::path::Path;
@@ -16,10 +16,10 @@ fn main() -> anyhow::Result<ExitCode> {
         vfiod::worker::serve(Path::new(root))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let [root, leases, what, ref of @ ..] = words[..] else {
-        anyhow::bail!("trial ROOT LEASES attach DEVICE|release TARGET|recover");
+    let [root, records, what, ref of @ ..] = words[..] else {
+        anyhow::bail!("trial ROOT RECORDS attach DEVICE|release TARGET|recover");
     };
-    let setting = Setting::new("/proc/self/exe", Path::new(root), Path::new(leases));
+    let setting = Setting::new("/proc/self/exe", Path::new(root), Path::new(records));
     let broker = setting.start()?;
     let done = match (what, of) {
         ("attach", [device]) => attach(&broker, device, "alice").map(drop),

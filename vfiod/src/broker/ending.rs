@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 
 use super::leasing::{Late, all, done};
 use super::{Broker, Change, Data, Reply, internal};
+use crate::history::Event;
 use crate::lease::{Bound, Lease, Recorded, State};
 use crate::owner::Process;
 use crate::request::ReleaseOptions;
@@ -147,6 +148,9 @@ impl Broker {
             done(&lease.backward)
         );
         let message = (!failures.is_empty()).then(|| all(&failures));
+        let why = lease.failure.as_deref().into_iter().chain(message.as_deref());
+        let why = why.collect::<Vec<_>>().join("; ");
+        self.note(&lease, if why.is_empty() { Event::Released } else { Event::Failed }, &why);
         let id = lease.id.clone();
         let kind = failures.first().map_or(ErrorKind::Internal, Stopped::kind);
         self.close(lease, &failures, message.as_deref());
@@ -247,7 +251,9 @@ impl Broker {
 
     fn dismiss(&self, id: &str) -> Result<(), Failure> {
         self.walker.ledger.remove(id).map_err(Stopped::from).map_err(internal)?;
-        self.data().leases.remove(id);
+        if let Some(lease) = self.data().leases.remove(id) {
+            self.note(&lease, Event::Released, "it had failed, and its record was dismissed");
+        }
         self.tell(Change::LeaseChanged { id: id.to_owned(), state: "released", reason: None });
         Ok(())
     }
@@ -301,6 +307,7 @@ impl Broker {
         if !failures.is_empty() {
             reason = format!("{reason}; {}", all(&failures));
         }
+        self.note(&lease, Event::Recovered, &reason);
         self.close(lease, &failures, Some(&reason));
     }
 

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
@@ -16,6 +15,7 @@ use libvfio::step::Step;
 use tracing::{error, info, warn};
 
 use super::{Broker, Change, Data, Property, Reply, internal, plan_within};
+use crate::history::{self, Event};
 use crate::lease::{Bound, Found, Lease, Recorded, State};
 use crate::owner::Process;
 use crate::request::AttachOptions;
@@ -81,6 +81,7 @@ impl Broker {
             "attached: {}",
             done(&lease.forward)
         );
+        self.note(&lease, Event::Attached, "");
         reply.give(Ok(lease.clone()));
         if let Some(process) = owner {
             self.end_with(lease.id.clone(), process);
@@ -111,6 +112,7 @@ impl Broker {
                 format!("{stopped}; undoing what was done before failed too: {}", all(&failures));
         }
         warn!(lease = lease.id, tenant = lease.tenant, message, "an attachment failed");
+        self.note(&lease, Event::Failed, &message);
         self.close(lease, &failures, Some(&message));
         Failure::new(stopped.kind(), message)
     }
@@ -193,7 +195,7 @@ fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         tenant: String::new(),
         vm: None,
         owner: 0,
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        created: history::now(),
         state: State::Preparing,
         reason: None,
         failure: None,

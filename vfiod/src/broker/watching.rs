@@ -87,6 +87,7 @@ impl Broker {
             let Some(Broken { reason, drifted }) = broker.broken(&lease) else { return };
             if let Some(device) = drifted {
                 error!(lease = id, %device, reason, "a leased device was changed by somebody else");
+                broker.quarantine_devices([device], &reason);
             }
             broker.fail(&id, &reason);
         });

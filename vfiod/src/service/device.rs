@@ -35,6 +35,7 @@ impl DeviceObject {
                 ("EnabledVirtualFunctions", self.enabled_virtual_functions().into())
             }
             Property::Lease => ("Lease", self.lease().into_inner().into()),
+            Property::Quarantine => ("Quarantine", self.quarantine().into()),
         }
     }
 }
@@ -110,5 +111,10 @@ impl DeviceObject {
         let path = self.broker.holder(self.address).map(|id| lease_path(&id));
         path.and_then(|path| path.try_into().ok())
             .unwrap_or_else(|| ObjectPath::from_static_str_unchecked("/").into())
+    }
+
+    #[zbus(property)]
+    fn quarantine(&self) -> String {
+        self.broker.quarantine_of(self.address).unwrap_or_default()
     }
 }

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use libvfio::client::{
-    DeviceRecord, Failure, GroupRecord, LeaseRecord, PlanRecord, device_path, lease_path,
+    DeviceRecord, Failure, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
+    device_path, lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -14,7 +15,11 @@ use zbus::wire::OwnedObjectPath;
 use super::Caller;
 use crate::authority::Action;
 use crate::broker::{Asker, Broker};
-use crate::request::{AttachOptions, ListOptions, RawOptions, ReleaseOptions, check_name};
+use crate::history::Entry;
+use crate::request::{
+    AttachOptions, HistoryOptions, ListOptions, RawOptions, ReleaseOptions, check_name,
+    check_reason,
+};
 
 #[derive(Debug)]
 pub(super) struct ManagerObject {
@@ -24,6 +29,12 @@ pub(super) struct ManagerObject {
 impl ManagerObject {
     pub(super) fn new(caller: Caller) -> Self {
         Self { caller }
+    }
+
+    async fn may_quarantine(&self, header: &Header<'_>, device: &str) -> Result<u32, Failure> {
+        check_name("device", device)?;
+        let details = HashMap::from([("device", device)]);
+        self.caller.authority.check(header, Action::Quarantine, &details).await
     }
 }
 
@@ -95,6 +106,41 @@ impl ManagerObject {
     #[zbus(out_args("leases"))]
     fn list_leases(&self) -> Vec<LeaseRecord> {
         self.caller.broker.leases().iter().map(crate::lease::Lease::record).collect()
+    }
+
+    #[zbus(out_args("devices"))]
+    fn list_quarantine(&self) -> Vec<QuarantineRecord> {
+        self.caller.broker.quarantines()
+    }
+
+    #[zbus(out_args("address"))]
+    async fn quarantine(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        device: String,
+        reason: String,
+    ) -> Result<String, Failure> {
+        check_reason(&reason)?;
+        let by = self.may_quarantine(&header, &device).await?;
+        let address = self.caller.run(move |broker| broker.quarantine(&device, &reason, by));
+        Ok(address.await?.to_string())
+    }
+
+    #[zbus(out_args("cleared"))]
+    async fn clear_quarantine(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        device: String,
+    ) -> Result<bool, Failure> {
+        let by = self.may_quarantine(&header, &device).await?;
+        self.caller.run(move |broker| broker.clear_quarantine(&device, by)).await
+    }
+
+    #[zbus(out_args("entries"))]
+    async fn list_history(&self, options: RawOptions) -> Result<Vec<HistoryRecord>, Failure> {
+        let options = HistoryOptions::read(&options)?;
+        let entries = self.caller.run(move |broker| broker.history(&options)).await?;
+        Ok(entries.iter().map(Entry::record).collect())
     }
 
     #[zbus(out_args("device"))]

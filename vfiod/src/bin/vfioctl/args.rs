@@ -13,7 +13,7 @@ use crate::trouble::UNAVAILABLE;
 /// Give PCI devices to virtual machines and take them back
 ///
 /// Asks vfiod, the owner of device assignment on this host, over D-Bus. Looking is for everyone;
-/// attach and release need an administrator or a polkit rule.
+/// attach, release and quarantine need an administrator or a polkit rule.
 ///
 /// A device DEV is named by its address (03:00.0 or 0000:03:00.0), or by vendor:device
 /// (10de:2330) or a class (gpu, nic, nvme) where just one device answers to that.
@@ -85,7 +85,25 @@ pub(crate) enum Command {
   vfioctl release 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60")]
     Release(ReleaseArgs),
     /// List leases: who has which devices, failed ones included
-    Leases,
+    #[command(after_help = "Examples:
+  vfioctl leases
+  vfioctl leases --history --last 20")]
+    Leases(LeasesArgs),
+    /// List the devices that are not trusted, put one there, or clear it
+    ///
+    /// A device in quarantine gets no new lease until it is cleared, also after a reboot or a
+    /// replug. Whoever has it now keeps it.
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "Examples:
+  vfioctl quarantine
+  vfioctl quarantine add 03:00.0 --reason 'came back with other firmware'
+  vfioctl quarantine clear 03:00.0"
+    )]
+    Quarantine {
+        #[command(subcommand)]
+        action: Option<QuarantineAction>,
+    },
     /// Follow changes of leases and devices, a line each, until interrupted
     Monitor,
     /// Print the completion script of a shell
@@ -159,6 +177,37 @@ pub(crate) struct ReleaseArgs {
     /// Show which leases would end and what would be taken back, and change nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LeasesArgs {
+    /// List what became of leases and of devices in quarantine instead, oldest first
+    #[arg(long)]
+    pub(crate) history: bool,
+    /// How many of the newest things that happened to list [default: 100]
+    #[arg(long, value_name = "N", requires = "history")]
+    pub(crate) last: Option<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum QuarantineAction {
+    /// Keep a device from new leases until it is cleared
+    Add {
+        /// The device: 03:00.0, 10de:2330 or gpu
+        #[arg(value_name = "DEV")]
+        device: String,
+        /// Why it is not trusted, on one line
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Trust a device again
+    ///
+    /// Clearing a device that is not in quarantine is no error, so it may be repeated.
+    Clear {
+        /// The device, or the address it had if it is not there
+        #[arg(value_name = "DEV")]
+        device: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

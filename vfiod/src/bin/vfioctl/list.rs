@@ -5,7 +5,7 @@ use libvfio::client::{DeviceRecord, Options};
 use crate::args::ListArgs;
 use crate::bus::Bus;
 use crate::output::{Output, print_json};
-use crate::table::{Cell, LEASED, PLAIN, Table, WARN};
+use crate::table::{BAD, Cell, LEASED, PLAIN, Table, WARN};
 use crate::trouble::Trouble;
 
 /// Base class of bridges, the top byte of a class code.
@@ -42,9 +42,18 @@ pub(crate) fn row(first: impl Into<Cell>, device: &DeviceRecord) -> [Cell; 7] {
         Cell::maybe(device.driver.as_deref(), PLAIN),
         Cell::maybe(device.iommu_group.map(|group| group.to_string()), PLAIN),
         Cell::maybe(device.numa_node.map(|node| node.to_string()), PLAIN),
-        Cell::maybe(lease(device), LEASED),
+        lease_cell(device),
         name,
     ]
+}
+
+/// The lease, and in its place or beside it that there shall be no other.
+fn lease_cell(device: &DeviceRecord) -> Cell {
+    match (lease(device), &device.quarantine) {
+        (Some(lease), Some(_)) => Cell::new(format!("{lease}, quarantined"), BAD),
+        (None, Some(_)) => Cell::new("quarantined", BAD),
+        (lease, None) => Cell::maybe(lease, LEASED),
+    }
 }
 
 /// Tenant, lease and, where it is under way, its state; or that somebody else has the device.
@@ -130,5 +139,16 @@ mod tests {
         assert_eq!(lease(&with("active")).unwrap(), "alice 3f9a2c81");
         assert_eq!(lease(&with("releasing")).unwrap(), "alice 3f9a2c81 releasing");
         assert_eq!(lease(&device(0x02_0000, None, None)), None);
+    }
+
+    #[test]
+    fn a_quarantine_is_seen_with_a_lease_and_without() {
+        let with = |lease| DeviceRecord {
+            quarantine: Some("its reset failed".into()),
+            ..device(0x02_0000, None, lease)
+        };
+        assert_eq!(lease_cell(&with(None)), Cell::new("quarantined", BAD));
+        let leased = lease_cell(&with(Some("3f9a2c81")));
+        assert_eq!(leased, Cell::new("alice 3f9a2c81, quarantined", BAD));
     }
 }

@@ -130,13 +130,22 @@ fn properties(of: &Value) -> String {
     let Some(properties) = of.as_object().filter(|all| !all.is_empty()) else {
         return String::new();
     };
-    let driver = format!("driver {}", text("Driver").unwrap_or("none"));
+    let driver = properties
+        .contains_key("Driver")
+        .then(|| format!("driver {}", text("Driver").unwrap_or("none")));
     let set = text("DriverOverride").map(|name| format!("override {name}"));
     let vfs = properties.get("EnabledVirtualFunctions").and_then(Value::as_u64);
     let vfs = vfs.filter(|vfs| *vfs > 0).map(|vfs| format!("{vfs} VFs"));
     let lease = text("Lease").and_then(|path| path.rsplit_once('/')).map(|(_, id)| id);
     let lease = lease.filter(|id| !id.is_empty()).map(|id| format!("lease {id}"));
-    let parts: Vec<String> = [Some(driver), set, vfs, lease].into_iter().flatten().collect();
+    let quarantine = properties.contains_key("Quarantine").then(|| match text("Quarantine") {
+        Some(reason) => format!("in quarantine: {reason}"),
+        None => "not in quarantine".to_owned(),
+    });
+    let parts = [driver, set, vfs, lease, quarantine].into_iter().flatten().collect::<Vec<_>>();
+    if parts.is_empty() {
+        return String::new();
+    }
     format!(": {}", parts.join(", "))
 }
 
@@ -185,6 +194,13 @@ mod tests {
             "device  0000:03:00.0  changed: driver vfio-pci, lease 3f9a2c81\n"
         );
         assert_eq!(watch.see(&changed).unwrap()["properties"], json!({}));
+    }
+
+    #[test]
+    fn a_quarantine_is_told_and_its_end_too() {
+        let change = |reason: &str| json!({"Quarantine": reason});
+        assert_eq!(properties(&change("reset failed")), ": in quarantine: reset failed");
+        assert_eq!(properties(&change("")), ": not in quarantine");
     }
 
     #[test]

@@ -11,7 +11,10 @@ use crate::args::{Cli, Command};
 use crate::bus::Bus;
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
-use crate::{attach, check, explain, generate, groups, leases, list, monitor, release, show, tree};
+use crate::{
+    attach, check, explain, generate, groups, history, leases, list, monitor, quarantine, release,
+    show, tree,
+};
 
 pub(crate) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -62,7 +65,13 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Tree => tree::run(&bus().await?, &out).await?,
         Command::Groups => groups::run(&bus().await?, &out).await?,
         Command::Explain { device } => explain::run(&bus().await?, &device, &out).await?,
-        Command::Leases => leases::run(&bus().await?, &out).await?,
+        Command::Leases(args) if args.history => {
+            history::run(&bus().await?, args.last, &out).await?;
+        }
+        Command::Leases(_) => leases::run(&bus().await?, &out).await?,
+        Command::Quarantine { action } => {
+            quarantine::run(&bus().await?, action.as_ref(), &out).await?;
+        }
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Release(args) => return release::run(&bus().await?, &args, &out).await,

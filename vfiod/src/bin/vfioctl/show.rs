@@ -4,7 +4,7 @@ use libvfio::client::{BarRecord, DeviceRecord};
 
 use crate::bus::Bus;
 use crate::output::{Output, Screen, print, print_json};
-use crate::table::{BOLD, Cell, LEASED, PLAIN, Table, WARN};
+use crate::table::{BAD, BOLD, Cell, LEASED, PLAIN, Table, WARN};
 use crate::trouble::Trouble;
 
 pub(crate) async fn run(bus: &Bus, device: &str, out: &Output) -> Result<(), Trouble> {
@@ -32,6 +32,7 @@ fn table(device: &DeviceRecord) -> Table {
     line("lease", lease(device), LEASED);
     let external = "by somebody else: on a VFIO driver without a lease";
     line("used", device.external.filter(|is| *is).map(|_| external.to_owned()), LEASED);
+    line("quarantine", device.quarantine.clone(), BAD);
     line("IOMMU group", device.iommu_group.map(|group| group.to_string()), PLAIN);
     line("isolation", Some(device.isolation.clone()), PLAIN);
     line("NUMA node", device.numa_node.map(|node| node.to_string()), PLAIN);
@@ -146,6 +147,7 @@ mod tests {
             link_speed_max: Some(32.0),
             link_width_max: Some(16),
             boot_vga: Some(false),
+            quarantine: Some("its reset failed".into()),
             bars: Some(vec![
                 BarRecord { index: 0, size: 1 << 24, kind: "memory".into(), prefetchable: true },
                 BarRecord { index: 6, size: 1536, kind: "memory".into(), prefetchable: false },
@@ -159,6 +161,7 @@ mod tests {
              class        3D controller (030200)\n\
              ids          10de:2330\n\
              driver       none\n\
+             quarantine   its reset failed\n\
              IOMMU group  12\n\
              isolation    full\n\
              link         16 GT/s x16, at most 32 GT/s x16\n\

@@ -1,0 +1,59 @@
+//! Leases whose newest record is lost. Pure: from the record before it and the kernel as it is to
+//! the lease that the lost record must have been about.
+
+use libvfio::inventory::Inventory;
+use libvfio::pci::{Function, Identity};
+use libvfio::step::{Outcome, Step};
+
+use crate::lease::{Lease, Recorded, State};
+
+/// Brings a lease up to date by the kernel. Between two writes there is one step, so one that may
+/// have been recorded as done and the one after it that may have begun. When in doubt a lease
+/// stays, for a guest may be using its devices.
+pub(super) fn caught_up(mut lease: Lease, inventory: &Inventory) -> Lease {
+    let function = |address| inventory.get(address).map(AsRef::as_ref);
+    let ready = |f: &Function| f.on_vfio() && Identity::of(f) == lease.devices[&f.address].identity;
+    let all_ready = lease.devices.keys().all(|address| function(*address).is_some_and(ready));
+    let unknown: Vec<usize> =
+        (0..lease.forward.len()).filter(|at| lease.forward[*at].outcome.is_none()).collect();
+    match (lease.state, unknown.as_slice()) {
+        (State::Preparing, [] | [_]) if all_ready => {
+            for at in unknown {
+                lease.forward[at].outcome = Some(Outcome::AlreadySo);
+            }
+            lease.state = State::Active;
+        }
+        (State::Preparing, [at, rest @ ..]) => {
+            // Taking a device from VFIO that never came there would be a failure.
+            let begun = match rest.first().map(|next| &lease.forward[*next].step) {
+                Some(Step::Bind { device, .. }) => function(*device).is_some_and(Function::on_vfio),
+                next => next.is_some(),
+            };
+            if begun {
+                lease.forward[*at].outcome = Some(Outcome::AlreadySo);
+            }
+        }
+        // Without a device that is gone, only a release takes others from VFIO.
+        (State::Active, _) if !all_ready && all_there(&lease, inventory) => {
+            lease.state = State::Releasing;
+        }
+        (State::Releasing, _) => {
+            let next = lease.backward.iter_mut().find(|recorded| recorded.outcome.is_none());
+            let home = |recorded: &&mut Recorded| match recorded.step {
+                Step::Unbind { device, .. } => function(device).is_some_and(|f| !f.on_vfio()),
+                _ => false,
+            };
+            if let Some(recorded) = next.filter(home) {
+                recorded.outcome = Some(Outcome::AlreadySo);
+            }
+        }
+        _ => {}
+    }
+    lease
+}
+
+fn all_there(lease: &Lease, inventory: &Inventory) -> bool {
+    lease.devices.iter().all(|(address, found)| {
+        inventory.get(*address).is_some_and(|f| Identity::of(f) == found.identity)
+    })
+}
