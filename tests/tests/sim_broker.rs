@@ -185,3 +185,16 @@ fn a_device_taken_behind_our_back_fails_its_lease() {
     let gpu = &bindings(&sim)[&at(GPU)];
     assert_eq!(gpu.driver_override, None, "what was left was not given back");
 }
+
+#[test]
+fn who_holds_a_device_on_its_host_driver_keeps_it_there() {
+    let place = "/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/resource0";
+    let process = format!("[[process]]\npid = 812\ncommand = \"dcgm\"\nopen = [{place:?}]\n");
+    let described = Described::parse(&format!("{WORKSTATION}\n{process}")).unwrap();
+    let sim = Sim::mount(&described).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let broker = daemon(&sim, dir.path());
+    let refused = attach(&broker, GPU).unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Busy));
+    assert!(refused.to_string().contains("dcgm (process 812)"), "{refused}");
+}

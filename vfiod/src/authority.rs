@@ -19,6 +19,8 @@ pub enum Action {
     Attach,
     /// Give devices back to the host.
     Release,
+    /// Take what the host cannot live without.
+    OverrideProtection,
 }
 
 impl Action {
@@ -27,6 +29,7 @@ impl Action {
         match self {
             Self::Attach => "org.vfiod1.attach",
             Self::Release => "org.vfiod1.release",
+            Self::OverrideProtection => "org.vfiod1.override-protection",
         }
     }
 }

@@ -23,6 +23,8 @@ pub struct AttachOptions {
     pub whole_group: bool,
     /// Accept devices somebody else has put on VFIO.
     pub adopt: bool,
+    /// Take also what the host cannot live without.
+    pub allow_protected: bool,
 }
 
 /// Options of releasing.
@@ -81,7 +83,10 @@ impl AttachOptions {
                 "vm" => options.vm = Some(text(key, value)?),
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
-                _ => return Err(unknown(key, &["vm", "whole_group", "adopt"])),
+                "allow_protected" => options.allow_protected = flag(key, value)?,
+                _ => {
+                    return Err(unknown(key, &["vm", "whole_group", "adopt", "allow_protected"]));
+                }
             }
         }
         if let Some(vm) = &options.vm {

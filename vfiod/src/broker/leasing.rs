@@ -13,7 +13,7 @@ use libvfio::inventory::Inventory;
 use libvfio::pci::{Function, Identity};
 use libvfio::plan::Plan;
 use libvfio::step::Step;
-use libvfio::{holders, protection, vfio};
+use libvfio::{holders, vfio};
 use tracing::{error, info, warn};
 
 use super::{Broker, Change, Data, Property, internal, plan_within};
@@ -31,7 +31,7 @@ impl Broker {
         owner: u32,
     ) -> Result<Lease, Failure> {
         let request = self.request(names, options)?;
-        let uses = protection::uses(&self.host, &self.refresh_around(&request)?)?;
+        let uses = self.uses(&self.refresh_around(&request)?)?;
         let mut lease = {
             let mut data = self.data();
             let plan = plan_within(&data, &request, uses)?;

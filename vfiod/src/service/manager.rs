@@ -39,7 +39,11 @@ impl ManagerObject {
         let options = AttachOptions::read(&options)?;
         let listed = devices.join(" ");
         let details = HashMap::from([("tenant", tenant.as_str()), ("devices", listed.as_str())]);
-        let owner = self.caller.authority.check(&header, Action::Attach, &details).await?;
+        let authority = &self.caller.authority;
+        if options.allow_protected {
+            authority.check(&header, Action::OverrideProtection, &details).await?;
+        }
+        let owner = authority.check(&header, Action::Attach, &details).await?;
         let attach =
             move |broker: &crate::broker::Broker| broker.attach(&devices, &tenant, &options, owner);
         let lease = self.caller.run(attach).await?;

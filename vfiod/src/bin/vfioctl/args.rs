@@ -119,6 +119,7 @@ pub(crate) struct ListArgs {
 }
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // Flags of a command line.
 pub(crate) struct AttachArgs {
     /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along
     #[arg(value_name = "DEV", required = true)]
@@ -135,6 +136,9 @@ pub(crate) struct AttachArgs {
     /// Accept devices that somebody else has put on a VFIO driver, and leave them there after
     #[arg(long)]
     pub(crate) adopt: bool,
+    /// Take them even if the host cannot live without them: root, swap, default route, console
+    #[arg(long)]
+    pub(crate) allow_protected: bool,
     /// Show the steps and change nothing; exits as attaching would
     #[arg(long)]
     pub(crate) dry_run: bool,

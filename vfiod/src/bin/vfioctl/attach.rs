@@ -70,7 +70,11 @@ fn options(args: &AttachArgs) -> Options<'_> {
     if let Some(vm) = &args.vm {
         options.insert("vm", vm.as_str().into());
     }
-    for (name, given) in [("whole_group", args.whole_group), ("adopt", args.adopt)] {
+    for (name, given) in [
+        ("whole_group", args.whole_group),
+        ("adopt", args.adopt),
+        ("allow_protected", args.allow_protected),
+    ] {
         if given {
             options.insert(name, true.into());
         }
@@ -124,6 +128,7 @@ mod tests {
             vm: Some("web".into()),
             whole_group: true,
             adopt: false,
+            allow_protected: false,
             dry_run: false,
         };
         let options = options(&args);
