@@ -197,4 +197,11 @@ fn who_holds_a_device_on_its_host_driver_keeps_it_there() {
     let refused = attach(&broker, GPU).unwrap_err();
     assert_eq!(refused.kind(), Some(ErrorKind::Busy));
     assert!(refused.to_string().contains("dcgm (process 812)"), "{refused}");
+    let found = broker.holders(AUDIO).unwrap();
+    assert_eq!(found.devices, [GPU, AUDIO]);
+    let holders: Vec<_> = found.holders.iter().map(|h| (h.device.as_str(), h.pid)).collect();
+    assert_eq!(holders, [(GPU, 812)]);
+    assert_eq!(found.holders[0].what, [place]);
+    let root = broker.holders("02:00.0").unwrap();
+    assert!(root.uses.iter().any(|found| found.protected && found.hinders));
 }

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use libvfio::client::{
-    DeviceRecord, Failure, GroupRecord, LeaseRecord, PlanRecord, device_path, lease_path,
+    DeviceRecord, Failure, GroupRecord, HoldersRecord, LeaseRecord, PlanRecord, device_path,
+    lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -75,6 +76,11 @@ impl ManagerObject {
     async fn explain(&self, device: String) -> Result<PlanRecord, Failure> {
         let options = AttachOptions::default();
         self.caller.run(move |broker| broker.plan(&[device], &options)).await
+    }
+
+    #[zbus(out_args("holders"))]
+    async fn holders(&self, device: String) -> Result<HoldersRecord, Failure> {
+        self.caller.run(move |broker| broker.holders(&device)).await
     }
 
     #[zbus(out_args("devices"))]

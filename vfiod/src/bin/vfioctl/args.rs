@@ -60,6 +60,12 @@ pub(crate) enum Command {
         #[arg(value_name = "DEV")]
         device: String,
     },
+    /// List who and what holds a device's group: processes, and what the host does with it
+    Holders {
+        /// The device: 03:00.0, 10de:2330 or gpu
+        #[arg(value_name = "DEV")]
+        device: String,
+    },
     /// Check that this host is ready: IOMMU, kernel, modules, KVM, limits, daemon
     ///
     /// Exits with 1 if anything fails. The only command that looks at the host by itself.

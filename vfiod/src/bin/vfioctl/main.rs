@@ -7,6 +7,7 @@ mod check;
 mod explain;
 mod generate;
 mod groups;
+mod holders;
 mod json;
 mod leases;
 mod list;

@@ -11,7 +11,9 @@ use crate::args::{Cli, Command};
 use crate::bus::Bus;
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
-use crate::{attach, check, explain, generate, groups, leases, list, monitor, release, show, tree};
+use crate::{
+    attach, check, explain, generate, groups, holders, leases, list, monitor, release, show, tree,
+};
 
 pub(crate) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -62,6 +64,7 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Tree => tree::run(&bus().await?, &out).await?,
         Command::Groups => groups::run(&bus().await?, &out).await?,
         Command::Explain { device } => explain::run(&bus().await?, &device, &out).await?,
+        Command::Holders { device } => holders::run(&bus().await?, &device, &out).await?,
         Command::Leases => leases::run(&bus().await?, &out).await?,
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
