@@ -68,6 +68,16 @@ impl HostRoot {
         read(&self.root.join("proc").join(path))
     }
 
+    /// Where a symbolic link anywhere below the root points, as written; `None` if there is none.
+    pub fn link(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        fs::read_link(self.root.join(path)).ok()
+    }
+
+    /// Names in a directory anywhere below the root, sorted; empty if it is absent.
+    pub fn names(&self, path: impl AsRef<Path>) -> Result<Vec<String>, Error> {
+        list(&self.root.join(path))
+    }
+
     /// Ids of all processes.
     pub fn processes(&self) -> Result<Vec<u32>, Error> {
         let names = list(&self.root.join("proc"))?;
@@ -205,12 +215,27 @@ impl SysDir {
         list(&self.path)
     }
 
+    /// The names of the directories in it, without links to others, sorted; empty if it is absent.
+    pub fn directories(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let mut names: Vec<String> =
+            directories.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort_unstable();
+        names
+    }
+
     /// Writes `value` to the attribute `name` in one write, as the kernel expects.
     ///
     /// For [`crate::step`] alone: nothing else changes the kernel.
     pub(crate) fn write(&self, name: &str, value: &str) -> io::Result<()> {
         self.write_file(name, value)
     }
+}
+
+/// A text somebody else chose, without what a terminal would obey.
+pub(crate) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 fn read(path: &Path) -> Result<Option<String>, Error> {

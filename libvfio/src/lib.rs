@@ -27,6 +27,8 @@ pub mod ids;
 pub mod modalias;
 pub mod pci;
 
+mod members;
+
 pub mod holders;
 pub mod inventory;
 pub mod iommu;

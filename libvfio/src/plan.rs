@@ -1,6 +1,8 @@
 //! From what is and what is asked to the steps that lead there, or the reasons not to.
 //! Pure: reads nothing, changes nothing.
 
+mod reasons;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -23,6 +25,8 @@ pub struct Request {
     pub whole_group: bool,
     /// Accept devices that somebody else has put on a VFIO driver.
     pub adopt: bool,
+    /// Take also what the host cannot live without.
+    pub allow_protected: bool,
 }
 
 /// Who holds a device already.
@@ -41,10 +45,16 @@ pub struct Claim {
 pub struct Circumstances {
     /// Leases in force, by function.
     pub claims: BTreeMap<PciAddress, Claim>,
-    /// What the host does with its devices.
+    /// What the host does with its devices, and which processes hold them.
     pub uses: Vec<Use>,
     /// Functions that are not trusted, and why.
     pub quarantined: BTreeMap<PciAddress, String>,
+}
+
+impl Circumstances {
+    fn of<'a>(&'a self, function: &'a Function) -> impl Iterator<Item = &'a Use> {
+        self.uses.iter().filter(|found| found.function == function.address)
+    }
 }
 
 /// The way from the host's drivers to a guest, for whole groups.
@@ -65,7 +75,7 @@ pub struct Plan {
 pub struct Reason {
     /// What kind of refusal it makes.
     pub kind: ErrorKind,
-    /// A stable word for programs: `leased`, `quarantined`, `sibling`.
+    /// A stable word for programs: `leased`, `quarantined`, `sibling`, `held`, `in-use`.
     pub code: &'static str,
     /// The function or thing that stands in the way.
     pub object: String,
@@ -136,17 +146,21 @@ pub fn attach(
     request: &Request,
 ) -> Result<Plan, Refusal> {
     let members = members(inventory, request);
-    let mut reasons = Vec::new();
+    let mut found = Vec::new();
     for function in &members.taken {
-        reasons.extend(refuse_function(inventory, circumstances, request, function));
+        found.extend(reasons::refuse_function(inventory, circumstances, request, function));
     }
     for sibling in &members.left {
-        reasons.extend(refuse_sibling(inventory, circumstances, sibling));
+        found.extend(reasons::refuse_sibling(inventory, circumstances, request, sibling));
     }
-    match Refusal::new(reasons) {
-        Some(refusal) => Err(refusal),
-        None => Ok(steps(inventory, &members)),
+    if let Some(refusal) = Refusal::new(found) {
+        return Err(refusal);
     }
+    let mut plan = steps(inventory, &members);
+    for function in &members.taken {
+        plan.warnings.extend(reasons::warnings(circumstances, function));
+    }
+    Ok(plan)
 }
 
 /// What brings a driver that this kernel was built or packaged without.
@@ -187,156 +201,6 @@ fn members<'a>(inventory: &'a Inventory, request: &Request) -> Members<'a> {
     let ungrouped = request.devices.iter().filter_map(|d| inventory.get(*d).map(AsRef::as_ref));
     taken.extend(ungrouped.filter(|f| f.iommu_group.is_none()));
     Members { taken, left, groups }
-}
-
-/// Why a function that was asked for, directly or as part of its device, cannot be given.
-fn refuse_function(
-    inventory: &Inventory,
-    circumstances: &Circumstances,
-    request: &Request,
-    function: &Function,
-) -> Vec<Reason> {
-    let address = function.address;
-    let reason = |kind, code, text: String, remedy: String| Reason {
-        kind,
-        code,
-        object: address.to_string(),
-        text,
-        remedy,
-    };
-    if function.is_bridge() {
-        return vec![reason(
-            ErrorKind::Unsupported,
-            "bridge",
-            "is a bridge, which carries other devices and is never given to a guest".into(),
-            "name the device behind it".into(),
-        )];
-    }
-    if let Some(claim) = circumstances.claims.get(&address) {
-        return vec![leased(address, claim)];
-    }
-    if function.stuck {
-        return vec![reason(
-            ErrorKind::Wedged,
-            "stuck",
-            "cannot be read: a kernel operation on it has not returned".into(),
-            "see 'journalctl -k' for it; if it never returns, only a reboot helps".into(),
-        )];
-    }
-    let mut reasons = Vec::new();
-    if let Some(why) = circumstances.quarantined.get(&address) {
-        reasons.push(reason(
-            ErrorKind::Quarantined,
-            "quarantined",
-            format!("is in quarantine: {why}"),
-            format!("see to that, then trust it again with 'vfioctl quarantine clear {address}'"),
-        ));
-    }
-    if function.iommu_group.is_none() || inventory.platform.isolation == Isolation::None {
-        reasons.push(reason(
-            ErrorKind::NotViable,
-            "no-iommu",
-            "is behind no IOMMU, so a guest could reach all of memory through it".into(),
-            inventory.platform.cpu.iommu_remedy().into(),
-        ));
-    }
-    if function.is_silent() {
-        reasons.push(reason(
-            ErrorKind::NotViable,
-            "silent",
-            "does not answer: its configuration space reads all ones".into(),
-            "check the kernel log; the device may need its power cycled".into(),
-        ));
-    }
-    if let Sriov::Physical { enabled: vfs @ 1.., .. } = function.sriov {
-        reasons.push(reason(
-            ErrorKind::Busy,
-            "virtual-functions",
-            format!("has {vfs} virtual functions enabled"),
-            format!("disable them first (echo 0 > /sys/bus/pci/devices/{address}/sriov_numvfs)"),
-        ));
-    }
-    if inventory.vfio_pci == DriverSource::Missing {
-        reasons.push(reason(
-            ErrorKind::Unsupported,
-            "no-vfio-pci",
-            "needs the vfio-pci driver, which this kernel does not have".into(),
-            full_modules("CONFIG_VFIO_PCI"),
-        ));
-    }
-    if function.on_vfio() && !request.adopt {
-        reasons.push(reason(
-            ErrorKind::Busy,
-            "external",
-            format!(
-                "is on {} already, put there by somebody else",
-                function.driver.as_deref().unwrap_or("a VFIO driver")
-            ),
-            "release it where it was bound (driverctl, libvirt, vfio-pci ids=), or adopt it as it \
-             is with --adopt"
-                .into(),
-        ));
-    }
-    reasons.extend(uses(circumstances, function));
-    reasons
-}
-
-/// Why a group member that stays behind forbids giving away the rest.
-fn refuse_sibling(
-    inventory: &Inventory,
-    circumstances: &Circumstances,
-    sibling: &Function,
-) -> Vec<Reason> {
-    let address = sibling.address;
-    if let Some(claim) = circumstances.claims.get(&address) {
-        return vec![leased(address, claim)];
-    }
-    let Some(driver) = sibling.driver.as_deref().filter(|_| !sibling.on_vfio()) else {
-        return Vec::new();
-    };
-    let group = sibling.iommu_group.and_then(|number| inventory.group(number));
-    let why = group.map(|group| inventory.sharing(group).to_string()).unwrap_or_default();
-    let mut reasons = vec![Reason {
-        kind: ErrorKind::NotViable,
-        code: "sibling",
-        object: address.to_string(),
-        text: format!("shares the IOMMU group and is on host driver {driver} ({why})"),
-        remedy: "name it too, take all with --whole-group, or move it to another slot".into(),
-    }];
-    reasons.extend(uses(circumstances, sibling));
-    reasons
-}
-
-fn leased(address: PciAddress, claim: &Claim) -> Reason {
-    if claim.wedged {
-        return Reason {
-            kind: ErrorKind::Wedged,
-            code: "wedged",
-            object: address.to_string(),
-            text: format!("is wedged: a step of lease {} has not returned", claim.lease),
-            remedy: "see 'vfioctl leases'; if it never returns, only a reboot helps".to_owned(),
-        };
-    }
-    Reason {
-        kind: ErrorKind::AlreadyLeased,
-        code: "leased",
-        object: address.to_string(),
-        text: format!("is leased to '{}' by lease {}", claim.tenant, claim.lease),
-        remedy: format!("wait, or release it with 'vfioctl release {}'", claim.lease),
-    }
-}
-
-fn uses<'a>(
-    circumstances: &'a Circumstances,
-    function: &'a Function,
-) -> impl Iterator<Item = Reason> + 'a {
-    circumstances.uses.iter().filter(|u| u.function == function.address).map(|found| Reason {
-        kind: if found.protected { ErrorKind::Protected } else { ErrorKind::Busy },
-        code: if found.protected { "protected" } else { "in-use" },
-        object: found.function.to_string(),
-        text: found.what.clone(),
-        remedy: found.remedy.clone(),
-    })
 }
 
 fn steps(inventory: &Inventory, members: &Members<'_>) -> Plan {

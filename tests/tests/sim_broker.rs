@@ -90,7 +90,7 @@ fn whichever_step_fails_all_before_it_is_undone_and_the_error_names_it() {
             }
             assert_eq!(bindings(&sim), before, "{error}");
             assert!(broker.leases().is_empty());
-            assert!(setting(&sim, dir.path()).ledger().unwrap().load().unwrap().0.is_empty());
+            assert!(setting(&sim, dir.path()).ledger().unwrap().load().unwrap().leases.is_empty());
         }
     }
 }
@@ -255,4 +255,24 @@ fn a_lease_ends_with_its_process() {
     assert!(eventually(|| broker.leases().is_empty()));
     owner.wait().unwrap();
     assert_eq!(bindings(&sim), before);
+}
+
+#[test]
+fn who_holds_a_device_on_its_host_driver_keeps_it_there() {
+    let place = "/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/resource0";
+    let process = format!("[[process]]\npid = 812\ncommand = \"dcgm\"\nopen = [{place:?}]\n");
+    let described = Described::parse(&format!("{WORKSTATION}\n{process}")).unwrap();
+    let sim = Sim::mount(&described).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let broker = daemon(&sim, dir.path());
+    let refused = attach(&broker, GPU).unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Busy));
+    assert!(refused.to_string().contains("dcgm (process 812)"), "{refused}");
+    let found = broker.holders(AUDIO).unwrap();
+    assert_eq!(found.devices, [GPU, AUDIO]);
+    let holders: Vec<_> = found.holders.iter().map(|h| (h.device.as_str(), h.pid)).collect();
+    assert_eq!(holders, [(GPU, 812)]);
+    assert_eq!(found.holders[0].what, [place]);
+    let root = broker.holders("02:00.0").unwrap();
+    assert!(root.uses.iter().any(|found| found.protected && found.hinders));
 }

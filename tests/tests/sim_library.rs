@@ -222,7 +222,7 @@ fn what_the_host_lives_on_is_protected() {
     let sim = mount(WORKSTATION);
     let inventory = Inventory::scan(&sim.host()).unwrap();
     let found = uses(&sim, &inventory);
-    let protected = |address| found.iter().any(|u| u.function == at(address) && u.protected);
+    let protected = |address| found.iter().any(|u| u.function == at(address) && u.is_protected());
     assert!(protected("02:00.0"), "root and swap");
     assert!(protected("06:00.0"), "default route");
     assert!(!protected("01:00.0"), "the spare GPU");

@@ -78,3 +78,18 @@ fn one_leased_function_holds_its_whole_device() {
     let refusal = refusal(WORKSTATION, GPU, BTreeMap::from([(at("01:00.1"), claim)]));
     assert_refused(&refusal, ErrorKind::AlreadyLeased, &["0000:01:00.1", "alice", "3f9a2c81"]);
 }
+
+#[test]
+fn what_the_host_cannot_live_without_takes_an_option_and_says_what_is_lost() {
+    let sim = Sim::mount(&Described::parse(WORKSTATION).unwrap()).unwrap();
+    let inventory = Inventory::scan(&sim.host()).unwrap();
+    let circumstances = Circumstances { uses: uses(&sim, &inventory), ..Circumstances::default() };
+    let mut request = Request { devices: vec![at("02:00.0")], ..Request::default() };
+    let refusal = plan::attach(&inventory, &circumstances, &request).unwrap_err();
+    let words = ["mounted on /", "swap", "--allow-protected"];
+    assert_refused(&refusal, ErrorKind::Protected, &words);
+    request.allow_protected = true;
+    let plan = plan::attach(&inventory, &circumstances, &request).unwrap();
+    let warnings = plan.warnings.join("\n");
+    assert!(warnings.contains("mounted on /") && warnings.contains("swap"), "{warnings}");
+}

@@ -21,6 +21,8 @@ pub enum Action {
     Release,
     /// Say whether a device is trusted.
     Quarantine,
+    /// Take what the host cannot live without.
+    OverrideProtection,
 }
 
 impl Action {
@@ -30,6 +32,7 @@ impl Action {
             Self::Attach => "org.vfiod1.attach",
             Self::Release => "org.vfiod1.release",
             Self::Quarantine => "org.vfiod1.quarantine",
+            Self::OverrideProtection => "org.vfiod1.override-protection",
         }
     }
 }

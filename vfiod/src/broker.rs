@@ -4,6 +4,7 @@
 //! own, one for each lease that moves, so that nobody waits for another's device.
 
 mod ending;
+mod holding;
 mod lagging;
 mod leasing;
 mod quarantining;
@@ -23,7 +24,7 @@ use libvfio::host::HostRoot;
 use libvfio::inventory::Inventory;
 use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
-use libvfio::protection;
+use libvfio::protection::Use;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::history::History;
@@ -264,7 +265,7 @@ impl Broker {
     /// What attaching would do, or why it would not.
     pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
         let request = self.request(names, options)?;
-        let uses = protection::uses(self.host(), &self.refresh_around(&request)?)?;
+        let uses = self.uses(&self.refresh_around(&request)?)?;
         let data = self.data();
         let planned = plan_within(&data, &request, uses);
         let mut groups: Vec<u32> =
@@ -280,12 +281,13 @@ impl Broker {
     fn refresh_around(&self, request: &Request) -> Result<BTreeSet<PciAddress>, Error> {
         let inventory = self.inventory();
         let mut addresses: BTreeSet<PciAddress> = request.devices.iter().copied().collect();
+        let mut physical = BTreeSet::new();
         for device in &request.devices {
             addresses.extend(inventory.group_of(*device).into_iter().flat_map(|g| &g.members));
-            addresses.extend(inventory.get(*device).and_then(|f| f.physical()));
+            physical.extend(inventory.get(*device).and_then(|f| f.physical()));
         }
         drop(inventory);
-        self.refresh(addresses.iter().copied());
+        self.refresh(addresses.union(&physical).copied());
         let mut data = self.data();
         Arc::make_mut(&mut data.inventory).refresh_vfio(self.host())?;
         let of_use = |address: &PciAddress| {
@@ -303,15 +305,12 @@ impl Broker {
             devices: devices?.into_iter().collect(),
             whole_group: options.whole_group,
             adopt: options.adopt,
+            allow_protected: options.allow_protected,
         })
     }
 }
 
-fn plan_within(
-    data: &Data,
-    request: &Request,
-    uses: Vec<protection::Use>,
-) -> Result<Plan, Refusal> {
+fn plan_within(data: &Data, request: &Request, uses: Vec<Use>) -> Result<Plan, Refusal> {
     let claim = |(device, lease): (PciAddress, &Lease)| {
         let wedged = lease.state == State::Wedged;
         (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone(), wedged })

@@ -20,6 +20,7 @@ pub type RawOptions = HashMap<String, OwnedVariant>;
 
 /// Options of attaching and planning.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // Each is an option of its own on the bus.
 pub struct AttachOptions {
     /// The virtual machine the devices are for.
     pub vm: Option<String>,
@@ -31,6 +32,8 @@ pub struct AttachOptions {
     pub pid: Option<u32>,
     /// End the lease when the caller leaves the bus.
     pub while_connected: bool,
+    /// Take also what the host cannot live without.
+    pub allow_protected: bool,
 }
 
 /// Options of releasing.
@@ -122,10 +125,12 @@ impl AttachOptions {
                 "vm" => options.vm = Some(text(key, value)?),
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
+                "allow_protected" => options.allow_protected = flag(key, value)?,
                 "pid" => options.pid = Some(number(key, value)?),
                 "while_connected" => options.while_connected = flag(key, value)?,
                 _ => {
-                    let known = ["vm", "whole_group", "adopt", "pid", "while_connected"];
+                    let known =
+                        ["vm", "whole_group", "adopt", "allow_protected", "pid", "while_connected"];
                     return Err(unknown(key, &known));
                 }
             }

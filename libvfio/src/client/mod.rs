@@ -3,9 +3,11 @@
 //! Talks to the bus only; never touches the host.
 
 mod failure;
+mod holding;
 mod records;
 
 pub use failure::Failure;
+pub use holding::{HolderRecord, HoldersRecord, UseRecord};
 pub use records::{
     BarRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
     ReasonRecord, StepRecord,
@@ -50,6 +52,9 @@ pub trait Manager {
 
     /// Whether one device can be attached, and its group's story.
     fn explain(&self, device: &str) -> Result<PlanRecord, Failure>;
+
+    /// What the host does with a device's group, and which processes hold it.
+    fn holders(&self, device: &str) -> Result<HoldersRecord, Failure>;
 
     /// Every PCI function.
     fn list_devices(&self, options: Options<'_>) -> Result<Vec<DeviceRecord>, Failure>;

@@ -10,7 +10,6 @@ use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::pci::Identity;
 use libvfio::plan::Plan;
-use libvfio::protection;
 use libvfio::step::Step;
 use tracing::{error, info, warn};
 
@@ -42,7 +41,7 @@ impl Broker {
     ) -> Result<Lease, Failure> {
         let request = self.request(names, options)?;
         let (owner, bound) = bound(options, asker.connection)?;
-        let uses = protection::uses(self.host(), &self.refresh_around(&request)?)?;
+        let uses = self.uses(&self.refresh_around(&request)?)?;
         let lease = {
             let mut data = self.data();
             let plan = plan_within(&data, &request, uses)?;

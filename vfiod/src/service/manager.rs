@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use libvfio::client::{
-    DeviceRecord, Failure, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
-    device_path, lease_path,
+    DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord, PlanRecord,
+    QuarantineRecord, device_path, lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -52,7 +52,11 @@ impl ManagerObject {
         let options = AttachOptions::read(&options)?;
         let listed = devices.join(" ");
         let details = HashMap::from([("tenant", tenant.as_str()), ("devices", listed.as_str())]);
-        let user = self.caller.authority.check(&header, Action::Attach, &details).await?;
+        let authority = &self.caller.authority;
+        let user = authority.check(&header, Action::Attach, &details).await?;
+        if options.allow_protected {
+            authority.check(&header, Action::OverrideProtection, &details).await?;
+        }
         let connections = &self.caller.connections;
         let connection =
             if options.while_connected { Some(connections.bound(&header).await?) } else { None };
@@ -90,6 +94,11 @@ impl ManagerObject {
     async fn explain(&self, device: String) -> Result<PlanRecord, Failure> {
         let options = AttachOptions::default();
         self.caller.run(move |broker| broker.plan(&[device], &options)).await
+    }
+
+    #[zbus(out_args("holders"))]
+    async fn holders(&self, device: String) -> Result<HoldersRecord, Failure> {
+        self.caller.run(move |broker| broker.holders(&device)).await
     }
 
     #[zbus(out_args("devices"))]

@@ -60,6 +60,12 @@ pub(crate) enum Command {
         #[arg(value_name = "DEV")]
         device: String,
     },
+    /// List who and what holds a device's group: processes, and what the host does with it
+    Holders {
+        /// The device: 03:00.0, 10de:2330 or gpu
+        #[arg(value_name = "DEV")]
+        device: String,
+    },
     /// Check that this host is ready: IOMMU, kernel, modules, KVM, limits, daemon
     ///
     /// Exits with 1 if anything fails. The only command that looks at the host by itself.
@@ -139,6 +145,7 @@ pub(crate) struct ListArgs {
 }
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // Flags of a command line.
 pub(crate) struct AttachArgs {
     /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along
     #[arg(value_name = "DEV", required = true)]
@@ -158,6 +165,9 @@ pub(crate) struct AttachArgs {
     /// End the lease when this process ends, however it does
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<u32>,
+    /// Take them even if the host cannot live without them: root, swap, default route, console
+    #[arg(long)]
+    pub(crate) allow_protected: bool,
     /// Show the steps and change nothing; exits as attaching would
     #[arg(long)]
     pub(crate) dry_run: bool,

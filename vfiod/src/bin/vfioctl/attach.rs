@@ -73,7 +73,11 @@ fn options(args: &AttachArgs) -> Options<'_> {
     if let Some(pid) = args.pid {
         options.insert("pid", pid.into());
     }
-    for (name, given) in [("whole_group", args.whole_group), ("adopt", args.adopt)] {
+    for (name, given) in [
+        ("whole_group", args.whole_group),
+        ("adopt", args.adopt),
+        ("allow_protected", args.allow_protected),
+    ] {
         if given {
             options.insert(name, true.into());
         }
@@ -128,6 +132,7 @@ mod tests {
             whole_group: true,
             adopt: false,
             pid: Some(7),
+            allow_protected: false,
             dry_run: false,
         };
         let options = options(&args);

@@ -8,6 +8,7 @@ mod explain;
 mod generate;
 mod groups;
 mod history;
+mod holders;
 mod json;
 mod leases;
 mod list;

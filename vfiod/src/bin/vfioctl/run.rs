@@ -12,8 +12,8 @@ use crate::bus::Bus;
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
-    attach, check, explain, generate, groups, history, leases, list, monitor, quarantine, release,
-    show, tree,
+    attach, check, explain, generate, groups, history, holders, leases, list, monitor, quarantine,
+    release, show, tree,
 };
 
 pub(crate) fn main() -> ExitCode {
@@ -69,6 +69,7 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
             history::run(&bus().await?, args.last, &out).await?;
         }
         Command::Leases(_) => leases::run(&bus().await?, &out).await?,
+        Command::Holders { device } => holders::run(&bus().await?, &device, &out).await?,
         Command::Quarantine { action } => {
             quarantine::run(&bus().await?, action.as_ref(), &out).await?;
         }
