@@ -5,6 +5,8 @@
 pub mod machine;
 pub mod protocol;
 
+#[cfg(feature = "sim")]
+pub mod binaries;
 #[cfg(feature = "lab")]
 pub mod lab;
 

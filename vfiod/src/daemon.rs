@@ -1,5 +1,6 @@
 //! The daemon's life: start, one loop over what happens, end. Talks to systemd and the journal.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tracing_subscriber::prelude::*;
 use crate::broker::Broker;
 use crate::ledger::Ledger;
 use crate::service::Service;
+use crate::simulation::{self, Simulation};
 use crate::uevent::{Hint, Uevents};
 
 /// What is below the options in `--help` and in the manual page.
@@ -43,6 +45,10 @@ pub struct Args {
     /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
+    /// Serve a simulated host instead, without any device: workstation, hgx8, scale, or the file
+    /// that describes it; needs --bus
+    #[arg(long, value_name = "HOST", conflicts_with = "root")]
+    simulate: Option<String>,
     /// Where leases are kept through restarts
     #[arg(long, value_name = "DIR", default_value = "/run/vfiod/leases")]
     leases: PathBuf,
@@ -63,11 +69,18 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
 
 async fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
-    let uevents = Uevents::listen().context("cannot listen for device events")?;
-    let ledger = Ledger::open(&args.leases)
-        .with_context(|| format!("cannot open the lease ledger in {}", args.leases.display()))?;
+    let (mut simulation, uevents) = match &args.simulate {
+        Some(host) => {
+            let (simulation, uevents) = Simulation::start(host, args.bus.as_deref())?;
+            (Some(simulation), uevents)
+        }
+        None => (None, Uevents::listen().context("cannot listen for device events")?),
+    };
+    let leases = simulation.as_ref().map_or(args.leases.clone(), |s| s.state(&args.leases));
+    let ledger = Ledger::open(&leases)
+        .with_context(|| format!("cannot open the lease ledger in {}", leases.display()))?;
     let (tell, changes) = unbounded_channel();
-    let host = HostRoot::new(&args.root);
+    let host = HostRoot::new(simulation.as_ref().map_or(args.root.as_path(), Simulation::root));
     let broker = Arc::new(Broker::open(host, ledger, tell.clone())?);
     broker.recover();
     let builder = match &args.bus {
@@ -85,7 +98,10 @@ async fn run(args: &Args) -> anyhow::Result<()> {
     );
     notify(&[sd_notify::NotifyState::Ready]);
     std::thread::spawn(move || watch(&broker, &uevents));
-    wait(&service).await
+    tokio::select! {
+        ended = wait(&service) => ended,
+        error = simulation::ended(simulation.as_mut()) => Err(error),
+    }
 }
 
 /// Runs on a thread of its own, in the order of the kernel's reports, until the process ends.
@@ -97,6 +113,8 @@ fn watch(broker: &Broker, uevents: &Uevents) {
                 warn!("device events were lost; looking at the whole host again");
                 broker.resynchronise();
             }
+            // Who simulates has ended, and so will the daemon.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return,
             Err(error) => {
                 error!(%error, "device events cannot be read; changes from outside go unnoticed");
                 return;
