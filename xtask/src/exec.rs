@@ -54,10 +54,17 @@ fn start_error<T>(
     start(command).with_context(|| format!("starting {}", program.display()))
 }
 
-/// Builds the product's binaries: the daemon and the command line.
+/// Builds the product's binaries: the daemon, the command line and the simulator.
 pub(crate) fn build_product() -> Result<Vec<PathBuf>> {
-    progress::step("building vfiod and vfioctl", || {
-        build(cargo().args(["build", "--release", "--package", "vfiod", "--bins"]))
+    progress::step("building vfiod, vfioctl and vfiod-sim", || {
+        let mut built =
+            build(cargo().args(["build", "--release", "--package", "vfiod", "--bins"]))?;
+        built.extend(build(
+            cargo()
+                .args(["build", "--release", "--package", "vfiod-tests", "--bin", "vfiod-sim"])
+                .args(["--no-default-features", "--features", "sim"]),
+        )?);
+        Ok(built)
     })
 }
 
