@@ -42,7 +42,7 @@ fn storage(host: &HostRoot, disks: &[(String, PciAddress)]) -> Result<Vec<Use>, 
     let swaps = host.proc("swaps")?.unwrap_or_default();
     for (disk, function) in disks {
         let number = host.sys(format!("class/block/{disk}")).attr("dev")?.unwrap_or_default();
-        for point in mounted_at(&mounts, &number, disk) {
+        for point in mount_points(&mounts, &number, disk) {
             uses.push(Use {
                 function: *function,
                 what: format!("carries {disk}, mounted on {point}"),
@@ -130,7 +130,7 @@ fn multipath_functions(host: &HostRoot, disk: &Path) -> Result<Vec<PciAddress>, 
 
 /// Mount points of a block device in `/proc/self/mountinfo` (proc(5)), by device number or, for
 /// file systems with numbers of their own, by source.
-fn mounted_at(mountinfo: &str, number: &str, disk: &str) -> Vec<String> {
+pub fn mount_points(mountinfo: &str, number: &str, disk: &str) -> Vec<String> {
     let source = format!("/dev/{disk}");
     let point = |line: &str| {
         let (mount, filesystem) = line.split_once(" - ")?;
@@ -172,9 +172,9 @@ mod tests {
         let info = "25 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw\n\
                     30 25 0:41 /sub /data rw - btrfs /dev/nvme1n1 rw\n\
                     garbage\n";
-        assert_eq!(mounted_at(info, "259:2", "nvme0n1p2"), ["/"]);
-        assert_eq!(mounted_at(info, "259:9", "nvme1n1"), ["/data"]);
-        assert!(mounted_at(info, "8:0", "sda").is_empty());
+        assert_eq!(mount_points(info, "259:2", "nvme0n1p2"), ["/"]);
+        assert_eq!(mount_points(info, "259:9", "nvme1n1"), ["/data"]);
+        assert!(mount_points(info, "8:0", "sda").is_empty());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 pub mod machine;
 pub mod protocol;
+pub mod seeds;
 
 #[cfg(feature = "sim")]
 pub mod binaries;

@@ -53,7 +53,7 @@ impl Ledger {
         let path = self.path(&lease.id);
         let draft = path.with_extension("new");
         let mut file = File::create(&draft)?;
-        file.write_all(&serde_json::to_vec(&Writing { form: FORM, lease })?)?;
+        file.write_all(&record(lease)?)?;
         file.sync_data()?;
         fs::rename(&draft, &path)
     }
@@ -94,12 +94,23 @@ impl Ledger {
     }
 }
 
-fn read(path: &Path) -> Result<Lease, String> {
-    let bytes = fs::read(path).map_err(|e| e.to_string())?;
-    let Reading { form, lease } = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+/// What is in a lease's file.
+pub fn record(lease: &Lease) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(&Writing { form: FORM, lease })
+}
+
+/// The lease that a file holds, or why it holds none.
+pub fn parse(record: &[u8]) -> Result<Lease, String> {
+    let Reading { form, lease } = serde_json::from_slice(record).map_err(|e| e.to_string())?;
     if form != FORM {
         return Err(format!("form {form}, this daemon reads {FORM}"));
     }
+    Ok(lease)
+}
+
+fn read(path: &Path) -> Result<Lease, String> {
+    let bytes = fs::read(path).map_err(|e| e.to_string())?;
+    let lease = parse(&bytes)?;
     let named = path.file_stem().and_then(|stem| stem.to_str());
     if named != Some(&lease.id) {
         return Err(format!("it holds lease '{}'", lease.id));
