@@ -14,6 +14,11 @@ use sysfs_class::SysClass;
 use crate::address::PciAddress;
 use crate::error::Error;
 
+/// What a simulation adds to the files of its host: its name, and a file that loads the module
+/// whose name is written to it.
+const SIMULATED: &str = "sim/name";
+pub(crate) const LOAD_MODULE: &str = "sim/load-module";
+
 /// Where a host's kernel interfaces are found.
 #[derive(Debug, Clone)]
 pub struct HostRoot {
@@ -46,6 +51,12 @@ impl HostRoot {
     /// Whether this is the running machine, where device nodes are what they seem.
     pub fn is_real(&self) -> bool {
         self.root == Path::new("/")
+    }
+
+    /// The name of the described host that is simulated here; `None` where nothing says it is one.
+    pub fn simulated(&self) -> Option<String> {
+        let name = if self.is_real() { None } else { self.text(SIMULATED).ok()? };
+        name.map(|name| name.trim().to_owned())
     }
 
     /// A path below the root; `path` is given without its leading slash.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::address::PciAddress;
 use crate::error::{Error, ErrorKind};
-use crate::host::HostRoot;
+use crate::host::{HostRoot, LOAD_MODULE};
 use crate::pci::{Binding, Function};
 use crate::vfio;
 
@@ -371,14 +371,23 @@ fn load_module(host: &HostRoot, module: &str) -> Done {
     if there() {
         return Ok(Outcome::AlreadySo);
     }
-    if !host.is_real() {
-        return Err(Cause::Program("modules load on a real host only".to_owned()));
+    if host.is_real() {
+        modprobe(module)?;
+    } else if host.path(LOAD_MODULE).exists() {
+        host.write(LOAD_MODULE, module).map_err(|e| Cause::kernel(&e))?;
+    } else {
+        let why = "modules load on a real or a simulated host only";
+        return Err(Cause::Program(why.to_owned()));
     }
+    read_back(Some(module), there().then_some(module))
+}
+
+fn modprobe(module: &str) -> Result<(), Cause> {
     let output = Command::new("modprobe").arg(module).output().map_err(|e| Cause::kernel(&e))?;
     if !output.status.success() {
         return Err(Cause::Program(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
-    read_back(Some(module), there().then_some(module))
+    Ok(())
 }
 
 /// The write succeeds even when the lock is refused, so it is read back.

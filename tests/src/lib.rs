@@ -4,7 +4,10 @@
 
 pub mod machine;
 pub mod protocol;
+pub mod seeds;
 
+#[cfg(feature = "sim")]
+pub mod binaries;
 #[cfg(feature = "lab")]
 pub mod lab;
 

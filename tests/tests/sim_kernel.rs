@@ -11,6 +11,7 @@ use std::time::Duration;
 use libvfio::address::PciAddress;
 use libvfio::inventory::Inventory;
 use libvfio::pci::Sriov;
+use libvfio::step::{Outcome, Step};
 use nix::errno::Errno;
 use vfiod_tests::sim::{Action, Described, Effect, Fault, HGX8, Operation, Sim, WORKSTATION};
 
@@ -275,4 +276,35 @@ fn a_panic_leaves_no_mount_behind() {
     assert!(!mounts.contains(root.to_str().unwrap()));
     assert!(!root.exists());
     drop(open);
+}
+
+#[test]
+fn modules_load_by_a_file_that_no_kernel_has() {
+    let text = WORKSTATION.replace(
+        "name = \"vfio-pci\"\nvfio = true",
+        "name = \"vfio-pci\"\nvfio = true\nloaded = false",
+    );
+    let sim = mount(&text);
+    assert_eq!(sim.host().simulated().as_deref(), Some("workstation"));
+    let driver = sim.root().join("sys/bus/pci/drivers/vfio-pci");
+    let step = |module: &str| Step::LoadModule { module: module.into() }.execute(&sim.host());
+    assert!(!driver.exists());
+    assert_eq!(step("vfio_pci").unwrap(), Outcome::Done);
+    assert!(driver.exists());
+    assert_eq!(step("vfio_pci").unwrap(), Outcome::AlreadySo);
+    assert!(step("no_such_module").is_err());
+}
+
+#[test]
+fn a_subscriber_gets_each_event_when_it_happens() {
+    let sim = mount(WORKSTATION);
+    let events = sim.subscribe();
+    let gpu = "0000:01:00.0";
+    write(&sim.root().join("sys/bus/pci/drivers/nvidia/unbind"), gpu).unwrap();
+    let event = events.try_recv().expect("the event is later than the write");
+    assert_eq!(event.action, Action::Unbind);
+    assert!(event.path.ends_with(gpu), "{}", event.path);
+    assert!(sim.events().is_empty());
+    drop(sim);
+    assert!(events.recv().is_err());
 }

@@ -202,6 +202,11 @@ impl Broker {
         let _ = self.changes.send(change);
     }
 
+    /// The name of the simulated host, if this is one.
+    pub fn simulated(&self) -> Option<String> {
+        self.host().simulated()
+    }
+
     /// The host as it was last seen.
     pub fn inventory(&self) -> Arc<Inventory> {
         self.data().inventory.clone()

@@ -1,5 +1,6 @@
 //! The daemon's life: start, one loop over what happens, end. Talks to systemd and the journal.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tracing_subscriber::prelude::*;
 
 use crate::broker::Broker;
 use crate::service::Service;
+use crate::simulation::{self, Simulation};
 use crate::stores::Stores;
 use crate::transition::Means;
 use crate::uevent::{Hint, Uevents};
@@ -55,6 +57,10 @@ pub struct Args {
     /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
+    /// Serve a simulated host instead, without any device: workstation, hgx8, scale, or the file
+    /// that describes it; needs --bus
+    #[arg(long, value_name = "HOST", conflicts_with = "root")]
+    simulate: Option<String>,
     /// Where leases are kept through restarts
     #[arg(long, value_name = "DIR", default_value = "/run/vfiod/leases")]
     leases: PathBuf,
@@ -99,15 +105,24 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
 
 async fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
-    let uevents = Uevents::listen().context("cannot listen for device events")?;
-    let stores = Stores::open(&args.leases, &args.state).context("cannot open the records")?;
+    let (mut simulation, uevents) = match &args.simulate {
+        Some(host) => {
+            let (simulation, uevents) = Simulation::start(host, args.bus.as_deref())?;
+            (Some(simulation), uevents)
+        }
+        None => (None, Uevents::listen().context("cannot listen for device events")?),
+    };
+    let root = simulation.as_ref().map_or(args.root.as_path(), Simulation::root);
+    let place = |dir: &PathBuf| simulation.as_ref().map_or(dir.clone(), |s| s.state(dir));
+    let stores = Stores::open(&place(&args.leases), &place(&args.state))
+        .context("cannot open the records")?;
     let (tell, changes) = unbounded_channel();
     let (loose, legible) = std::sync::mpsc::channel();
     // Itself, also when its file has been replaced by another version.
-    let workers = Arc::new(Workers::new("/proc/self/exe", &args.root));
+    let workers = Arc::new(Workers::new("/proc/self/exe", root));
     let reader = Reader::new(workers.clone(), PATIENCE, loose);
     let means = Means {
-        host: HostRoot::new(&args.root).with_patience(Arc::new(reader)),
+        host: HostRoot::new(root).with_patience(Arc::new(reader)),
         workers: workers.clone(),
         deadlines: Deadlines::with(args.deadlines.iter().copied()),
     };
@@ -132,7 +147,10 @@ async fn run(args: &Args) -> anyhow::Result<()> {
     if let Err(error) = workers.prepare() {
         warn!(%error, "no worker could be started; it is tried again with the first step");
     }
-    wait(&service).await
+    tokio::select! {
+        ended = wait(&service) => ended,
+        error = simulation::ended(simulation.as_mut()) => Err(error),
+    }
 }
 
 /// Starts the threads that look at what changes, which run until the process ends.
@@ -159,6 +177,8 @@ fn watch(broker: &Arc<Broker>, uevents: &Uevents) {
                 warn!("device events were lost; looking at the whole host again");
                 broker.resynchronise();
             }
+            // Who simulates has ended, and so will the daemon.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return,
             Err(error) => {
                 error!(%error, "device events cannot be read; changes from outside go unnoticed");
                 return;

@@ -63,7 +63,7 @@ impl Ledger {
 
     /// Writes a lease as it is now. When this returns, a crash finds it so.
     pub fn write(&self, lease: &Lease) -> io::Result<()> {
-        let bytes = serde_json::to_vec(&Writing { form: FORM, lease })?;
+        let bytes = record(lease)?;
         let id = lease.id.as_ref();
         durable::replace_keeping(&self.file(id, NEWEST), &self.file(id, BEFORE), &bytes)
     }
@@ -162,12 +162,23 @@ fn gone(path: &Path) -> io::Result<()> {
     }
 }
 
-fn read(path: &Path, stem: &OsStr) -> Result<Option<Lease>, String> {
-    let Some(bytes) = durable::read(path).map_err(|e| e.to_string())? else { return Ok(None) };
-    let Reading { form, lease } = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
+/// What is in a lease's file.
+pub fn record(lease: &Lease) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(&Writing { form: FORM, lease })
+}
+
+/// The lease that a file holds, or why it holds none.
+pub fn parse(record: &[u8]) -> Result<Lease, String> {
+    let Reading { form, lease } = serde_json::from_slice(record).map_err(|e| e.to_string())?;
     if form != FORM {
         return Err(format!("form {form}, this daemon reads {FORM}"));
     }
+    Ok(lease)
+}
+
+fn read(path: &Path, stem: &OsStr) -> Result<Option<Lease>, String> {
+    let Some(bytes) = durable::read(path).map_err(|e| e.to_string())? else { return Ok(None) };
+    let lease = parse(&bytes)?;
     if stem != OsStr::new(&lease.id) {
         return Err(format!("it holds lease '{}'", lease.id));
     }

@@ -3,7 +3,7 @@
 //! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] has steps carried out
 //! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`quarantine`] remembers
 //! devices not trusted, [`history`] what happened, [`owner`] waits for whom leases end with,
-//! [`authority`] asks who may, [`uevent`] listens.
+//! [`authority`] asks who may, [`uevent`] listens, [`simulation`] offers a host without devices.
 
 pub mod authority;
 pub mod broker;
@@ -17,6 +17,7 @@ pub mod owner;
 pub mod quarantine;
 pub mod request;
 pub mod service;
+pub mod simulation;
 pub mod stores;
 pub mod transition;
 pub mod uevent;

@@ -1,5 +1,5 @@
-//! What the kernel reports of PCI devices. Listens to one netlink socket; its reports are hints
-//! to look again, never facts.
+//! What the kernel reports of PCI devices, or the simulator in its place. Listens to one socket;
+//! its reports are hints to look again, never facts.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -17,7 +17,7 @@ const KERNEL_GROUP: u32 = 1;
 /// Room for a burst such as 508 VFs appearing at once.
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// Longest report (`UEVENT_BUFFER_SIZE` is 2048 plus the header).
-const LONGEST: usize = 8192;
+pub(crate) const LONGEST: usize = 8192;
 
 /// What a batch of reports amounts to.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,9 +28,10 @@ pub enum Hint {
     LookEverywhere,
 }
 
-/// The kernel's reports.
+/// The kernel's reports, or a simulator's in the same words.
 #[derive(Debug)]
 pub struct Uevents {
+    /// Netlink or `SOCK_SEQPACKET`: either keeps reports apart, and only the second can end.
     socket: OwnedFd,
 }
 
@@ -50,7 +51,13 @@ impl Uevents {
         Ok(Self { socket })
     }
 
-    /// Waits for reports of PCI functions and gathers all there are. Blocks.
+    /// The reports that a simulator sends over a packet socket.
+    pub(crate) fn from_simulator(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// Waits for reports of PCI functions and gathers all there are. Blocks. A simulator's end is
+    /// [`UnexpectedEof`](io::ErrorKind::UnexpectedEof).
     pub fn wait(&self) -> io::Result<Hint> {
         let mut addresses = BTreeSet::new();
         loop {
@@ -58,6 +65,7 @@ impl Uevents {
                 if addresses.is_empty() { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
             let mut buffer = [0u8; LONGEST];
             match recv(self.socket.as_raw_fd(), &mut buffer, wait) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(length) => addresses.extend(subject(&buffer[..length])),
                 Err(Errno::EAGAIN) => return Ok(Hint::Look(addresses)),
                 Err(Errno::EINTR) => {}

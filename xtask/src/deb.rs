@@ -15,7 +15,8 @@ use crate::{exec, host, progress};
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "-1");
 
 /// Binaries and the directories they go to.
-const BINARIES: [(&str, &str); 2] = [("vfiod", "usr/libexec"), ("vfioctl", "usr/bin")];
+const BINARIES: [(&str, &str); 3] =
+    [("vfiod", "usr/libexec"), ("vfiod-sim", "usr/libexec"), ("vfioctl", "usr/bin")];
 
 /// Files of the repository and the directories they go to.
 const FILES: [(&str, &str); 11] = [

@@ -54,10 +54,17 @@ fn start_error<T>(
     start(command).with_context(|| format!("starting {}", program.display()))
 }
 
-/// Builds the product's binaries: the daemon and the command line.
+/// Builds the product's binaries: the daemon, the command line and the simulator.
 pub(crate) fn build_product() -> Result<Vec<PathBuf>> {
-    progress::step("building vfiod and vfioctl", || {
-        build(cargo().args(["build", "--release", "--package", "vfiod", "--bins"]))
+    progress::step("building vfiod, vfioctl and vfiod-sim", || {
+        let mut built =
+            build(cargo().args(["build", "--release", "--package", "vfiod", "--bins"]))?;
+        built.extend(build(
+            cargo()
+                .args(["build", "--release", "--package", "vfiod-tests", "--bin", "vfiod-sim"])
+                .args(["--no-default-features", "--features", "sim"]),
+        )?);
+        Ok(built)
     })
 }
 
@@ -82,6 +89,29 @@ pub(crate) fn build_guest_init() -> Result<PathBuf> {
         )
     })?;
     named(&built, "guest-init")
+}
+
+/// Builds the fuzz targets with libFuzzer and the compiler's coverage counters, which stable Rust
+/// has too; the flags are those of cargo-fuzz. The target is named so that they are not for what
+/// runs while building.
+pub(crate) fn build_fuzz(directory: &Path) -> Result<PathBuf> {
+    let flags = "--cfg fuzzing -Cdebug-assertions -Coverflow-checks -Cpasses=sancov-module \
+                 -Cllvm-args=-sanitizer-coverage-level=4 \
+                 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+                 -Cllvm-args=-sanitizer-coverage-pc-table \
+                 -Cllvm-args=-sanitizer-coverage-trace-compares";
+    let built = progress::step("building the fuzz targets", || {
+        build(
+            cargo()
+                .env("RUSTFLAGS", flags)
+                .env("CARGO_PROFILE_RELEASE_LTO", "off")
+                .args(["build", "--release", "--target", "x86_64-unknown-linux-gnu"])
+                .args(["--package", "vfiod-tests", "--bin", "vfiod-fuzz"])
+                .args(["--no-default-features", "--features", "fuzz", "--target-dir"])
+                .arg(directory),
+        )
+    })?;
+    named(&built, "vfiod-fuzz")
 }
 
 /// The executable of that name among those that [`build`] made.

@@ -6,6 +6,7 @@ mod bench;
 mod ci;
 mod deb;
 mod exec;
+mod fuzz;
 mod host;
 mod lab;
 mod progress;
@@ -44,6 +45,14 @@ enum Chore {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Look for inputs that a parser does not survive
+    Fuzz {
+        /// One of tests/fuzz/corpus; all of them one after another if none is given
+        target: Option<String>,
+        /// For how long, each
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        seconds: u32,
+    },
     /// All tests: those of the crates, then every scenario of the lab
     Test,
     /// What continuous integration runs: format, lints, docs, dependencies, all tests
@@ -70,6 +79,7 @@ fn run(chore: &Chore) -> Result<ExitCode> {
         Chore::Lab { action } => lab::run(action.as_ref()),
         Chore::Demo => lab::demo(),
         Chore::Bench { json } => bench::run(json.as_deref()),
+        Chore::Fuzz { target, seconds } => fuzz::run(target.as_deref(), *seconds),
         Chore::Test => test::run(),
         Chore::Ci => ci::run(),
     }

@@ -5,10 +5,18 @@ use std::process::{ExitCode, Stdio};
 use anyhow::{Result, ensure};
 
 use crate::lab::{self, Selection, Voice};
-use crate::{exec, progress};
+use crate::{exec, host, progress};
+
+/// What the crates' tests start: a bus, a second opinion on PCI, another user.
+const TOOLS: [(&str, &str); 3] = [
+    ("/usr/bin/dbus-daemon", "dbus-daemon"),
+    ("/usr/bin/lspci", "pciutils"),
+    ("/usr/bin/setpriv", "util-linux"),
+];
 
 /// Runs all tests; the last line printed is `N passed, N failed`.
 pub(crate) fn run() -> Result<ExitCode> {
+    host::require(&TOOLS)?;
     let (unit_passed, unit_failed) = progress::step("running the crates' tests", unit_tests)?;
     let summary = lab::play(Selection::All, Voice::Steps)?;
     let scenarios = summary.passed + summary.failed;

@@ -104,6 +104,10 @@ pub trait Manager {
     /// The daemon's version.
     #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> Result<String, Failure>;
+
+    /// The name of the simulated host that is served; empty on a real one.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn simulated(&self) -> Result<String, Failure>;
 }
 
 /// The path of a device's object.

@@ -95,6 +95,14 @@ pub fn uses(host: &HostRoot, functions: &BTreeSet<PciAddress>) -> Result<Vec<Use
     Ok(uses)
 }
 
+/// Where a block device is mounted by a `mountinfo` (proc(5)): by its number, or by its name in
+/// `/dev` where the file system has a number of its own.
+pub fn mount_points(mountinfo: &str, number: &str, disk: &str) -> Vec<String> {
+    let sources = BTreeSet::from([format!("/dev/{disk}")]);
+    let mounts = mounts::parse(mountinfo).into_iter();
+    mounts.filter(|mount| mount.is_of(number, &sources)).map(|mount| mount.point).collect()
+}
+
 /// The first few of many, for people.
 fn some(items: &[String]) -> String {
     const FEW: usize = 4;

@@ -17,6 +17,9 @@ pub const HGX8: &str = include_str!("../../hosts/hgx8.toml");
 /// Network cards with virtual functions, as many as one asks for.
 pub const SCALE: &str = include_str!("../../hosts/scale.toml");
 
+/// The hosts that need no file, by name.
+const SHIPPED: [(&str, &str); 3] = [("workstation", WORKSTATION), ("hgx8", HGX8), ("scale", SCALE)];
+
 /// A host, as its file describes it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -263,6 +266,18 @@ impl Described {
     /// Parses the text of a described host.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         toml::from_str::<Self>(text)?.expanded()
+    }
+
+    /// The host that ships under this name, or that a file of this path describes.
+    pub fn named(name: &str) -> anyhow::Result<Self> {
+        match SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
+            Some((_, text)) => Self::parse(text),
+            None if Path::new(name).exists() => Self::read(Path::new(name)),
+            None => {
+                let shipped = SHIPPED.map(|(name, _)| name).join(", ");
+                anyhow::bail!("no host '{name}': name a file, or one of {shipped}")
+            }
+        }
     }
 
     /// Reads a described host from a file.

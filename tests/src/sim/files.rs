@@ -49,6 +49,7 @@ impl Files {
         files.add(&format!("{modules}/modules.alias"), aliases(&host.drivers));
         files.add(&format!("{modules}/modules.dep"), dependencies(&host.drivers));
         files.add(&format!("{modules}/modules.builtin"), String::new());
+        files.add("sim/name", format!("{}\n", host.name));
         files.add("usr/share/misc/pci.ids", PCI_IDS.to_owned());
         for iommu in &kernel.iommus {
             files.directory(&format!("sys/devices/virtual/iommu/{iommu}"));

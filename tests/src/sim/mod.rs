@@ -25,6 +25,7 @@ mod waiting;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use anyhow::Context;
 use fuser::{BackgroundSession, Config, MountOption, SessionACL};
@@ -32,6 +33,7 @@ use libvfio::address::PciAddress;
 use libvfio::host::HostRoot;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::unistd::{AccessFlags, access, geteuid};
 use tempfile::TempDir;
 
 pub use described::{
@@ -74,7 +76,8 @@ impl Sim {
         let mut config = Config::default();
         config.mount_options =
             vec![MountOption::FSName(host.name.clone()), MountOption::DefaultPermissions];
-        config.acl = SessionACL::All;
+        // For others to see a mount of one user takes that user's say in /etc/fuse.conf.
+        config.acl = if geteuid().is_root() { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(2);
         let session = fuser::spawn_mount(fs::Glue::new(shared.clone()), &root, &config)
             .with_context(|| format!("cannot mount on {}: {}", root.display(), remedy()))?;
@@ -121,6 +124,12 @@ impl Sim {
         self.shared.with(|kernel| kernel.journal().to_vec())
     }
 
+    /// The events from now on, each as it happens, until the simulation ends. There is one
+    /// subscriber at a time, and nothing left for [`events`](Self::events).
+    pub fn subscribe(&self) -> Receiver<Uevent> {
+        self.shared.subscribe()
+    }
+
     /// The events the kernel would have sent since this was last asked.
     pub fn events(&self) -> Vec<Uevent> {
         self.shared.with(Kernel::take_events)
@@ -130,8 +139,9 @@ impl Sim {
 impl Drop for Sim {
     fn drop(&mut self) {
         self.shared.end();
-        // Lazily, for somebody may still be in there.
-        if let Err(errno) = umount2(&self.root, MntFlags::MNT_DETACH)
+        // Lazily, for somebody may still be in there. Who is not root unmounts by fusermount3.
+        if geteuid().is_root()
+            && let Err(errno) = umount2(&self.root, MntFlags::MNT_DETACH)
             && errno != Errno::EINVAL
         {
             eprintln!("cannot unmount {}: {}", self.root.display(), io::Error::from(errno));
@@ -141,9 +151,12 @@ impl Drop for Sim {
 }
 
 fn remedy() -> &'static str {
-    if Path::new("/dev/fuse").exists() {
-        "run as root, or install fuse3 for its fusermount3"
-    } else {
+    let device = Path::new("/dev/fuse");
+    if !device.exists() {
         "there is no /dev/fuse; run 'modprobe fuse', and in a container pass --device /dev/fuse"
+    } else if access(device, AccessFlags::R_OK | AccessFlags::W_OK).is_err() {
+        "/dev/fuse is not for this user; run as root, or give it the mode udev does, 0666"
+    } else {
+        "run as root, or install fuse3 for its fusermount3"
     }
 }

@@ -98,6 +98,11 @@ impl Kernel {
                 }
                 NOW
             }
+            // No file of a kernel: what modprobe would do.
+            ["sim", "load-module"] => {
+                self.load(&text.trim_end_matches('\n').replace('-', "_"))?;
+                NOW
+            }
             ["proc", "driver", "nvidia", "gpus", device, "unbindLock"] => {
                 self.lock_unbind(device, text)
             }

@@ -1,10 +1,12 @@
 //! A simulated kernel shared by many callers, each of whom waits as long as the kernel makes it:
 //! for ever, until somebody closes a node, or not at all. Decides nothing itself.
 
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
+use super::event::Uevent;
 use super::kernel::{Kernel, Stop};
 
 /// A kernel and those who wait for it.
@@ -19,21 +21,48 @@ pub(super) struct Shared {
 struct State {
     kernel: Kernel,
     ended: bool,
+    /// Who gets events as they happen.
+    subscriber: Option<Sender<Uevent>>,
+}
+
+impl State {
+    /// Hands on what has just happened. Never waits for the subscriber, who may be waiting for us.
+    fn tell(&mut self) {
+        if let Some(subscriber) = &self.subscriber {
+            let mut events = self.kernel.take_events().into_iter();
+            if events.any(|event| subscriber.send(event).is_err()) {
+                self.subscriber = None;
+            }
+        }
+    }
 }
 
 impl Shared {
     pub(super) fn new(kernel: Kernel) -> Self {
-        let state = State { kernel, ended: false };
+        let state = State { kernel, ended: false, subscriber: None };
         Self { kernel: Mutex::new(state), changed: Condvar::new() }
     }
 
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Kernel) -> T) -> T {
-        act(&mut self.lock().kernel)
+        let mut state = self.lock();
+        let done = act(&mut state.kernel);
+        state.tell();
+        done
+    }
+
+    /// The events from now on, each as it happens, until the simulation ends.
+    pub(super) fn subscribe(&self) -> Receiver<Uevent> {
+        let (sender, events) = channel();
+        self.lock().subscriber = Some(sender);
+        events
     }
 
     /// Lets go all who wait, with an error, and everyone who would from now on.
     pub(super) fn end(&self) {
-        self.lock().ended = true;
+        let mut state = self.lock();
+        state.ended = true;
+        state.subscriber = None;
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -49,7 +78,9 @@ impl Shared {
     ) -> Result<T, Errno> {
         let mut state = self.lock();
         loop {
-            match act(&mut state.kernel) {
+            let done = act(&mut state.kernel);
+            state.tell();
+            match done {
                 Ok(done) => return Ok(done),
                 Err(Stop::Errno(errno)) => return Err(errno),
                 Err(Stop::Held(_)) if !state.ended => state = self.wait(state),

@@ -24,11 +24,13 @@ use crate::request::{
 #[derive(Debug)]
 pub(super) struct ManagerObject {
     caller: Caller,
+    simulated: String,
 }
 
 impl ManagerObject {
     pub(super) fn new(caller: Caller) -> Self {
-        Self { caller }
+        let simulated = caller.broker.simulated().unwrap_or_default();
+        Self { caller, simulated }
     }
 
     async fn may_quarantine(&self, header: &Header<'_>, device: &str) -> Result<u32, Failure> {
@@ -195,6 +197,11 @@ impl ManagerObject {
     #[allow(clippy::unused_self)] // The bus asks the object.
     fn version(&self) -> &'static str {
         env!("CARGO_PKG_VERSION")
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn simulated(&self) -> &str {
+        &self.simulated
     }
 }
 

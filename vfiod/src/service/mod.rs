@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use libvfio::client::{BUS_NAME, Failure, ROOT_PATH, device_path, group_path, lease_path};
 use libvfio::error::ErrorKind;
+use nix::unistd::geteuid;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use zbus::connection::Builder;
 use zbus::fdo::ObjectManager;
@@ -50,7 +51,8 @@ impl Service {
             builder = builder.serve_at(group_path(group), object);
         }
         let connection = builder.build().await?;
-        let authority = Arc::new(Authority::new(connection.clone()));
+        let owner = broker.simulated().map_or(0, |_| geteuid().as_raw());
+        let authority = Arc::new(Authority::new(connection.clone(), owner));
         let connections = Connections::new(connection.clone(), broker.clone());
         let caller = Caller { broker: broker.clone(), authority, connections, changes };
         let server = connection.object_server();

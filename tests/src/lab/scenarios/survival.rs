@@ -11,6 +11,8 @@ use crate::lab::product::{busctl_attach, device, lease, refused, vfioctl, vfioct
 use crate::lab::{Guest, Lab, command, sysfs, wait_until};
 use crate::machine::{FAR_NIC, GPU, GPU_AUDIO};
 
+/// How often the daemon is killed in the time that an attachment takes.
+const KILLS: u32 = 12;
 const LIMIT: Duration = Duration::from_secs(60);
 /// What is asked of a daemon that is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -47,12 +49,16 @@ pub(super) fn owners(lab: &mut Lab) -> Result<()> {
 /// `SIGKILL` for the daemon at many moments of an attachment, and beside a guest.
 pub(super) fn killed(lab: &mut Lab) -> Result<()> {
     let before = drivers();
+    let start = Instant::now();
+    attach_apart()?.wait()?;
+    let whole = start.elapsed();
+    vfioctl(["release", GPU.address])?.success()?;
     let (mut kept, mut undone) = (0, 0);
-    for number in 0..12 {
+    for number in 0..KILLS {
         // Known to be running, so that what is killed is at its work.
         vfioctl(["leases"])?.success()?;
         let mut caller = attach_apart()?;
-        std::thread::sleep(Duration::from_millis(number * 15));
+        std::thread::sleep(whole * number / KILLS);
         kill_daemon()?;
         caller.wait()?;
         let settled = || Ok(vfioctl_json(["leases"])?.as_array().is_some_and(|all| settled(all)));
@@ -69,7 +75,7 @@ pub(super) fn killed(lab: &mut Lab) -> Result<()> {
         ensure!(drivers() == before, "kill {number}: {:?}, not {before:?}", drivers());
     }
     lab.step(format!(
-        "killed 12 times while attaching: {kept} times the GPU was leased and recorded, \
+        "killed {KILLS} times while attaching: {kept} times the GPU was leased and recorded, \
          {undone} times as before, never in between"
     ))?;
 

@@ -11,6 +11,7 @@ use zbus::proxy::CacheProperties;
 use zbus::wire::{DynamicType, Structure, Type};
 
 use crate::json;
+use crate::table::DIM;
 use crate::trouble::Trouble;
 
 /// The bus, and vfiod on it.
@@ -37,6 +38,15 @@ impl Bus {
 
     pub(crate) fn connection(&self) -> &zbus::Connection {
         self.manager.inner().connection()
+    }
+
+    /// Says on standard error if the devices shown are no real ones.
+    pub(crate) async fn note_simulation(&self) {
+        // A daemon that does not know the property is older than simulations.
+        let name = self.manager.simulated().await.unwrap_or_default();
+        if !name.is_empty() {
+            anstream::eprintln!("{DIM}simulated host '{name}': no real devices{DIM:#}");
+        }
     }
 
     /// Calls a method of the Manager that changes nothing.

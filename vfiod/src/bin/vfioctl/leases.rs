@@ -15,6 +15,7 @@ pub(crate) async fn run(bus: &Bus, out: &Output) -> Result<(), Trouble> {
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     out.table(&table(&reply.read::<Vec<LeaseRecord>>()?, now), "no leases")
 }

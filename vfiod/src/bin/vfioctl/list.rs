@@ -16,6 +16,7 @@ pub(crate) async fn run(bus: &Bus, args: &ListArgs, out: &Output) -> Result<(), 
         let reply = bus.ask("ListDevices", &(Options::new(),)).await?;
         return print_json(&reply.json_of(|device| wanted(args, device))?.into());
     }
+    bus.note_simulation().await;
     let brief = Options::from([("brief", true.into())]);
     let devices: Vec<DeviceRecord> = bus.ask("ListDevices", &(brief,)).await?.read()?;
     let mut table = Table::new(&HEADER);

@@ -12,6 +12,7 @@ pub(crate) async fn run(bus: &Bus, device: &str, out: &Output) -> Result<(), Tro
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     // Long lines are wrapped by the terminal rather than cut: they are why one asks.
     let screen = Screen { width: None, ..out.screen };
     print(&table(&reply.read()?).render(screen))

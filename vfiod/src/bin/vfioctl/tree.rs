@@ -15,6 +15,7 @@ pub(crate) async fn run(bus: &Bus, out: &Output) -> Result<(), Trouble> {
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     let devices: Vec<DeviceRecord> = reply.read()?;
     out.table(&draw(&devices, out.screen), "no devices")
 }
