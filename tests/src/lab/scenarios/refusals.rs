@@ -34,6 +34,48 @@ pub(super) fn shared_group(lab: &mut Lab) -> Result<()> {
     lab.step("unmounted, the whole group goes and comes back")
 }
 
+/// The lab's own disk, which carries its root file system.
+const ROOT_DISK: &str = "0000:00:01.0";
+
+/// What the host cannot live without stays with it, whoever asks.
+pub(super) fn protected(lab: &mut Lab) -> Result<()> {
+    let driver = sysfs::driver(ROOT_DISK);
+    let ran = vfioctl(["attach", ROOT_DISK, "--tenant", "a"])?;
+    refused(&ran, 7, &[ROOT_DISK, "mounted on /", "--allow-protected"])?;
+    let explained = vfioctl_json(["explain", ROOT_DISK])?;
+    ensure!(explained["reasons"][0]["code"] == "protected", "{explained}");
+    let held = vfioctl(["holders", ROOT_DISK])?.success()?;
+    ensure!(held.contains("protected") && held.contains("mounted on /"), "{held}");
+    ensure!(sysfs::driver(ROOT_DISK) == driver, "the root disk lost its driver");
+    lab.step("the root disk is refused, and holders says what it carries")?;
+
+    let attach = ["attach", ROOT_DISK, "--tenant", "ours", "--allow-protected"];
+    let plan = vfioctl(attach.into_iter().chain(["--dry-run"]))?;
+    let said = plan.success()?;
+    ensure!(said.contains("mounted on /"), "a dry run does not warn:\n{said}");
+    let ours = "action.lookup('tenant') == 'ours' && action.id == 'org.vfiod1.attach'";
+    with_rule(ours, || {
+        refused(&vfioctl_unprivileged(attach)?, 4, &["org.vfiod1.override-protection"])
+    })?;
+    ensure!(sysfs::driver(ROOT_DISK) == driver, "the root disk lost its driver");
+    lab.step("overriding that is shown by a dry run, and takes a permission of its own")?;
+
+    let mut player = std::process::Command::new("sleep")
+        .arg("600")
+        .stdin(fs::File::open(format!("/sys/bus/pci/devices/{}/resource0", GPU.address))?)
+        .spawn()?;
+    let pid = player.id().to_string();
+    let ran = vfioctl(["attach", GPU.address, "--tenant", "a"]);
+    let held = vfioctl(["holders", GPU.address]);
+    player.kill()?;
+    player.wait()?;
+    refused(&ran?, 5, &["sleep", &pid, "resource0"])?;
+    ensure!(held?.success()?.contains(&pid), "holders does not name process {pid}");
+    vfioctl(["attach", GPU.address, "--tenant", "a"])?.success()?;
+    vfioctl(["release", GPU.address])?.success()?;
+    lab.step("a process that has a device's memory open keeps it, and is named")
+}
+
 /// Anyone may look; changing takes an administrator.
 pub(super) fn unprivileged(lab: &mut Lab) -> Result<()> {
     let listed = vfioctl_unprivileged(["list"])?.success()?;
@@ -47,28 +89,39 @@ pub(super) fn unprivileged(lab: &mut Lab) -> Result<()> {
     ensure!(sysfs::driver(GPU.address).as_deref() != Some("vfio-pci"));
     lab.step("an ordinary user lists and explains, and is refused attach and release")?;
 
+    let ours = "action.id == 'org.vfiod1.release' || action.lookup('tenant') == 'ours'";
+    with_rule(ours, || {
+        let other = vfioctl_unprivileged(["attach", NIC.address, "--tenant", "theirs"])?;
+        vfioctl_unprivileged(["attach", GPU.address, "--tenant", "ours"])?.success()?;
+        vfioctl_unprivileged(["release", GPU.address])?.success()?;
+        refused(&other, 4, &["org.vfiod1.attach"])
+    })?;
+    lab.step("a polkit rule lets that user lease for one tenant and for no other")
+}
+
+/// Does something while polkit lets the ordinary user do what `condition` says of an action.
+fn with_rule(condition: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
     let rule = "/etc/polkit-1/rules.d/10-lab.rules";
     fs::write(
         rule,
-        "polkit.addRule(function(action, subject) {\n\
-           if (action.id.indexOf('org.vfiod1.') == 0 && subject.user == 'tester' &&\n\
-               (action.id == 'org.vfiod1.release' || action.lookup('tenant') == 'ours')) {\n\
-             return polkit.Result.YES;\n\
-           }\n\
-         });\n",
+        format!(
+            "polkit.addRule(function(action, subject) {{\n\
+               if (action.id.indexOf('org.vfiod1.') == 0 && subject.user == 'tester' &&\n\
+                   ({condition})) {{\n\
+                 return polkit.Result.YES;\n\
+               }}\n\
+             }});\n"
+        ),
     )?;
-    let attempt = || vfioctl_unprivileged(["attach", GPU.address, "--tenant", "ours"]);
-    // polkit reads its rules again some time after they change.
-    let outcome = wait_until("the polkit rule takes effect", Duration::from_secs(20), || {
-        Ok(attempt()?.status == Some(0))
+    // polkit reads its rules again some time after they change. What is asked for does not exist,
+    // so that it is refused for that, once it is not for want of permission.
+    let known = wait_until("the polkit rule takes effect", Duration::from_secs(20), || {
+        let ran = vfioctl_unprivileged(["attach", "ff:1f.7", "--tenant", "ours"])?;
+        Ok(ran.status == Some(3))
     });
-    let other = vfioctl_unprivileged(["attach", NIC.address, "--tenant", "theirs"]);
-    let released = vfioctl_unprivileged(["release", GPU.address]);
+    let done = known.and_then(|()| act());
     fs::remove_file(rule)?;
-    outcome?;
-    refused(&other?, 4, &["org.vfiod1.attach"])?;
-    released?.success()?;
-    lab.step("a polkit rule lets that user lease for one tenant and for no other")
+    done
 }
 
 /// Every wrong input has its answer.

@@ -96,6 +96,47 @@ fn settled(leases: &[Value]) -> bool {
     leases.iter().all(|lease| lease["state"] == "active")
 }
 
+/// Somebody else changes what a lease holds.
+pub(super) fn drift(lab: &mut Lab) -> Result<()> {
+    let before = drivers();
+    let id = busctl_attach(GPU.address, "tenant-a")?;
+    sysfs::write(GPU_AUDIO.address, "driver/unbind", GPU_AUDIO.address)?;
+    let failed = || Ok(lease(&id)?.is_some_and(|lease| lease["state"] == "failed"));
+    wait_until("the lease fails", LIMIT, failed)?;
+    let record = lease(&id)?.context("the lease has gone")?;
+    let reason = record["reason"].as_str().unwrap_or_default();
+    ensure!(reason.contains(GPU_AUDIO.address) && reason.contains("somebody else"), "{record}");
+    ensure!(sysfs::driver(GPU.address) == before[0], "the rest of the GPU was not given back");
+    lab.step(format!("a device taken from VFIO by others failed its lease: {reason}"))?;
+
+    let ran = vfioctl(["attach", GPU.address, "--tenant", "tenant-b"])?;
+    refused(&ran, 11, &[GPU_AUDIO.address, "quarantine clear"])?;
+    let listed = vfioctl(["quarantine"])?.success()?;
+    ensure!(listed.contains(GPU_AUDIO.address), "{listed}");
+    command::run(["systemctl", "restart", "vfiod"])?.success()?;
+    refused(&vfioctl(["attach", GPU.address, "--tenant", "tenant-b"])?, 11, &[])?;
+    vfioctl(["quarantine", "clear", GPU_AUDIO.address])?.success()?;
+    vfioctl(["release", &id])?.success()?;
+    sysfs::bind(GPU_AUDIO.address, None)?;
+    lab.step("its device is in quarantine, through a restart, until that is cleared")?;
+
+    let id = busctl_attach(GPU.address, "tenant-a")?;
+    sysfs::write(GPU.address, "driver_override", "pci-stub")?;
+    wait_until("the lease fails", LIMIT, || {
+        Ok(lease(&id)?.is_some_and(|lease| lease["state"] == "failed"))
+    })?;
+    let history = vfioctl(["leases", "--history"])?.success()?;
+    for word in [&id, "failed", "driver_override", "cleared"] {
+        ensure!(history.contains(word), "the history does not say {word}:\n{history}");
+    }
+    lab.step("an override that others changed, of which no kernel tells, was noticed too")?;
+    vfioctl(["quarantine", "clear", GPU.address])?.success()?;
+    vfioctl(["release", &id])?.success()?;
+    sysfs::bind(GPU.address, None)?;
+    ensure!(drivers() == before, "drivers are {:?}, were {before:?}", drivers());
+    Ok(())
+}
+
 /// The kernel sleeps with the card's lock held: VFs are to go, and a guest has one of them open.
 pub(super) fn deadlock(lab: &mut Lab) -> Result<()> {
     sysfs::write(FAR_NIC.address, "sriov_drivers_autoprobe", "0")?;
