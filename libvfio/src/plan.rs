@@ -2,6 +2,9 @@
 //! Pure: reads nothing, changes nothing.
 
 mod reasons;
+mod virtual_functions;
+
+pub use virtual_functions::virtual_functions;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -38,6 +41,8 @@ pub struct Claim {
     pub tenant: String,
     /// Whether a step on its devices does not return.
     pub wedged: bool,
+    /// What is being done, if it is no tenant's but the daemon's own.
+    pub task: Option<String>,
 }
 
 /// What planning must know beside the inventory.

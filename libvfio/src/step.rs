@@ -1,18 +1,17 @@
-//! One change of the kernel, done, read back and undone. The one place that writes to the host:
-//! nothing outside this module may change a driver, an override, a module or a device.
+//! One change of the kernel, done, read back and undone: the words for it here, the doing in
+//! `execute.rs` alone.
+
+mod execute;
 
 use std::fmt;
 use std::io;
-use std::process::Command;
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::address::PciAddress;
-use crate::error::{Error, ErrorKind};
-use crate::host::{HostRoot, LOAD_MODULE};
-use crate::pci::{Binding, Function};
-use crate::vfio;
+use crate::error::ErrorKind;
+use crate::host::HostRoot;
 
 /// One change. What a dry run prints, what is executed, what the ledger records and, inverted,
 /// what undo and release run.
@@ -56,6 +55,24 @@ pub enum Step {
     Reset {
         /// The function.
         device: PciAddress,
+    },
+    /// Say whether host drivers are offered a physical function's new virtual functions.
+    SetAutoprobe {
+        /// The physical function.
+        device: PciAddress,
+        /// Whether they are.
+        from: bool,
+        /// Whether they shall be.
+        to: bool,
+    },
+    /// Make or remove all virtual functions of a physical one. The kernel knows no other change.
+    SetVirtualFunctions {
+        /// The physical function.
+        device: PciAddress,
+        /// How many there are.
+        from: u16,
+        /// How many there shall be.
+        to: u16,
     },
     /// Ask VFIO whether the whole group may be given to a guest. Changes nothing.
     CheckViable {
@@ -151,7 +168,8 @@ impl StepError {
         match (&self.step, &*self.cause) {
             (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
-            (Step::LoadModule { .. }, _) => ErrorKind::Unsupported,
+            (Step::LoadModule { .. }, _)
+            | (Step::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => ErrorKind::Unsupported,
             (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY }) => ErrorKind::Busy,
             _ => ErrorKind::Internal,
         }
@@ -176,6 +194,18 @@ impl fmt::Display for Step {
             }
             Self::Bind { device, driver } => write!(f, "bind {device} to {driver}"),
             Self::Reset { device } => write!(f, "reset {device}"),
+            Self::SetAutoprobe { device, to: true, .. } => {
+                write!(f, "offer new virtual functions of {device} to host drivers")
+            }
+            Self::SetAutoprobe { device, to: false, .. } => {
+                write!(f, "keep host drivers from new virtual functions of {device}")
+            }
+            Self::SetVirtualFunctions { device, from, to: 0 } => {
+                write!(f, "remove all virtual functions of {device} (were {from})")
+            }
+            Self::SetVirtualFunctions { device, from, to } => {
+                write!(f, "make {to} virtual functions of {device} (were {from})")
+            }
             Self::CheckViable { group } => write!(f, "check that VFIO finds group {group} viable"),
         }
     }
@@ -187,8 +217,17 @@ fn or_none(name: Option<&String>) -> &str {
 
 impl Step {
     /// The words of all kinds of steps.
-    pub const KINDS: [&str; 7] =
-        ["load-module", "unbind-lock", "unbind", "set-override", "bind", "reset", "check-viable"];
+    pub const KINDS: [&str; 9] = [
+        "load-module",
+        "unbind-lock",
+        "unbind",
+        "set-override",
+        "bind",
+        "reset",
+        "set-autoprobe",
+        "set-virtual-functions",
+        "check-viable",
+    ];
 
     /// The word for this kind of step, as it is serialised.
     pub fn name(&self) -> &'static str {
@@ -199,6 +238,8 @@ impl Step {
             Self::SetOverride { .. } => "set-override",
             Self::Bind { .. } => "bind",
             Self::Reset { .. } => "reset",
+            Self::SetAutoprobe { .. } => "set-autoprobe",
+            Self::SetVirtualFunctions { .. } => "set-virtual-functions",
             Self::CheckViable { .. } => "check-viable",
         }
     }
@@ -210,6 +251,8 @@ impl Step {
             | Self::Unbind { device, .. }
             | Self::SetOverride { device, .. }
             | Self::Bind { device, .. }
+            | Self::SetAutoprobe { device, .. }
+            | Self::SetVirtualFunctions { device, .. }
             | Self::Reset { device } => Some(*device),
             Self::LoadModule { .. } | Self::CheckViable { .. } => None,
         }
@@ -228,6 +271,12 @@ impl Step {
             Self::SetOverride { device, from, to } => {
                 Some(Self::SetOverride { device: *device, from: to.clone(), to: from.clone() })
             }
+            Self::SetAutoprobe { device, from, to } => {
+                Some(Self::SetAutoprobe { device: *device, from: *to, to: *from })
+            }
+            Self::SetVirtualFunctions { device, from, to } => {
+                Some(Self::SetVirtualFunctions { device: *device, from: *to, to: *from })
+            }
             Self::LoadModule { .. }
             | Self::UnbindLock { .. }
             | Self::Reset { .. }
@@ -237,18 +286,7 @@ impl Step {
 
     /// Carries the step out on `host` and reads back that it is so.
     pub fn execute(&self, host: &HostRoot) -> Result<Outcome, StepError> {
-        let done = match self {
-            Self::LoadModule { module } => load_module(host, module),
-            Self::UnbindLock { device } => unbind_lock(host, *device),
-            Self::Unbind { device, driver } => unbind(host, *device, driver),
-            Self::SetOverride { device, from, to } => {
-                set_override(host, *device, from.as_deref(), to.as_deref())
-            }
-            Self::Bind { device, driver } => bind(host, *device, driver),
-            Self::Reset { device } => reset(host, *device),
-            Self::CheckViable { group } => check_viable(host, *group),
-        };
-        done.map_err(|cause| {
+        execute::execute(self, host).map_err(|cause| {
             let remedy = self.remedy(&cause);
             StepError { step: self.clone(), cause: Box::new(cause), remedy }
         })
@@ -272,6 +310,18 @@ impl Step {
                 "find who else manages this device (driverctl, libvirt managed='yes', udev rules)"
                     .to_owned()
             }
+            (Self::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => {
+                "ask for as many as the driver gives, or see the kernel log (journalctl -k)"
+                    .to_owned()
+            }
+            (Self::SetVirtualFunctions { .. }, Cause::Kernel { errno: Errno::ENOMEM }) => {
+                "the firmware left too few bus numbers or too little memory space: enable SR-IOV \
+                 there, or boot with 'pci=realloc'"
+                    .to_owned()
+            }
+            (Self::SetVirtualFunctions { .. }, Cause::Kernel { errno: Errno::ENOENT }) => {
+                "its driver cannot make virtual functions; load the one that can".to_owned()
+            }
             (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()
             }
@@ -280,142 +330,5 @@ impl Step {
             }
             _ => "see the kernel log (journalctl -k) for its reason".to_owned(),
         }
-    }
-}
-
-type Done = Result<Outcome, Cause>;
-
-impl From<Error> for Cause {
-    fn from(error: Error) -> Self {
-        Self::Host(error.to_string())
-    }
-}
-
-/// `Ok(Done)` if what is found is what was wanted.
-fn read_back(wanted: Option<&str>, found: Option<&str>) -> Done {
-    if same(wanted, found) {
-        return Ok(Outcome::Done);
-    }
-    let say = |name: Option<&str>| name.unwrap_or("none").to_owned();
-    Err(Cause::ReadBack { wanted: say(wanted), found: say(found) })
-}
-
-fn changed(wanted: Option<&str>, found: Option<&str>) -> Cause {
-    let say = |name: Option<&str>| name.unwrap_or("none").to_owned();
-    Cause::Changed { wanted: say(wanted), found: say(found) }
-}
-
-fn driver_of(host: &HostRoot, device: PciAddress) -> Option<String> {
-    host.function(device).link_name("driver")
-}
-
-/// Whether two names mean one driver. A module is named with `_` where its driver's directory may
-/// have `-`, and which of them is only seen once the module is there.
-fn same(a: Option<&str>, b: Option<&str>) -> bool {
-    let plain = |name: &str| name.replace('-', "_");
-    a.map(plain) == b.map(plain)
-}
-
-/// A driver's name as its directory spells it.
-fn spelled(host: &HostRoot, driver: &str) -> String {
-    let drivers = host.sys("bus/pci/drivers");
-    let dashed = driver.replace('_', "-");
-    if !drivers.has(driver) && drivers.has(&dashed) { dashed } else { driver.to_owned() }
-}
-
-fn unbind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
-    let now = driver_of(host, device);
-    match &now {
-        None if host.function(device).path().exists() => return Ok(Outcome::AlreadySo),
-        Some(now) if same(Some(now), Some(driver)) => {}
-        _ => return Err(changed(Some(driver), now.as_deref())),
-    }
-    let dir = host.function(device).sub("driver");
-    dir.write("unbind", &device.to_string()).map_err(|e| Cause::kernel(&e))?;
-    read_back(None, driver_of(host, device).as_deref())
-}
-
-/// Binding by the driver's own `bind` file rather than `drivers_probe` takes exactly this driver
-/// where several would match, and reports the probe's errno (`drivers/base/bus.c`).
-fn bind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
-    let now = driver_of(host, device);
-    if same(now.as_deref(), Some(driver)) {
-        return Ok(Outcome::AlreadySo);
-    }
-    if now.is_some() {
-        return Err(changed(None, now.as_deref()));
-    }
-    let dir = host.sys("bus/pci/drivers").sub(&spelled(host, driver));
-    dir.write("bind", &device.to_string()).map_err(|e| Cause::kernel(&e))?;
-    read_back(Some(driver), driver_of(host, device).as_deref())
-}
-
-fn set_override(host: &HostRoot, device: PciAddress, from: Option<&str>, to: Option<&str>) -> Done {
-    let now = Binding::read(host, device)?.driver_override;
-    if same(now.as_deref(), to) {
-        return Ok(Outcome::AlreadySo);
-    }
-    if !same(now.as_deref(), from) {
-        return Err(changed(from, now.as_deref()));
-    }
-    // A lone newline clears it; an empty write would never reach the kernel.
-    let value = to.map_or_else(|| "\n".to_owned(), |driver| spelled(host, driver));
-    host.function(device).write("driver_override", &value).map_err(|e| Cause::kernel(&e))?;
-    let found = Binding::read(host, device)?.driver_override;
-    read_back(to, found.as_deref())
-}
-
-fn load_module(host: &HostRoot, module: &str) -> Done {
-    let drivers = host.sys("bus/pci/drivers");
-    let there = || drivers.has(&spelled(host, module));
-    if there() {
-        return Ok(Outcome::AlreadySo);
-    }
-    if host.is_real() {
-        modprobe(module)?;
-    } else if host.path(LOAD_MODULE).exists() {
-        host.write(LOAD_MODULE, module).map_err(|e| Cause::kernel(&e))?;
-    } else {
-        let why = "modules load on a real or a simulated host only";
-        return Err(Cause::Program(why.to_owned()));
-    }
-    read_back(Some(module), there().then_some(module))
-}
-
-fn modprobe(module: &str) -> Result<(), Cause> {
-    let output = Command::new("modprobe").arg(module).output().map_err(|e| Cause::kernel(&e))?;
-    if !output.status.success() {
-        return Err(Cause::Program(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-    }
-    Ok(())
-}
-
-/// The write succeeds even when the lock is refused, so it is read back.
-fn unbind_lock(host: &HostRoot, device: PciAddress) -> Done {
-    let file = format!("proc/driver/nvidia/gpus/{device}/unbindLock");
-    let locked = |text: Option<String>| text.is_some_and(|t| t.trim() == "1");
-    if locked(host.text(&file)?) {
-        return Ok(Outcome::AlreadySo);
-    }
-    host.write(&file, "1").map_err(|e| Cause::kernel(&e))?;
-    if locked(host.text(&file)?) { Ok(Outcome::Done) } else { Err(Cause::InUse) }
-}
-
-fn reset(host: &HostRoot, device: PciAddress) -> Done {
-    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    vfio::reset(host, &function)?;
-    let after = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    if after.is_silent() {
-        return read_back(Some("a device that answers"), Some("all ones in its config space"));
-    }
-    Ok(Outcome::Done)
-}
-
-fn check_viable(host: &HostRoot, group: u32) -> Done {
-    match vfio::group_viable(host, group) {
-        Ok(true) => Ok(Outcome::Done),
-        Ok(false) => read_back(Some("a viable group"), Some("a member on a host driver")),
-        Err(Error::Io { source, .. }) => Err(Cause::kernel(&source)),
-        Err(other) => Err(other.into()),
     }
 }

@@ -69,12 +69,13 @@ fn bridges_are_never_given() {
 #[test]
 fn a_physical_function_with_virtual_ones_is_busy() {
     let refusal = refusal(HGX8, "14:00.0", BTreeMap::new());
-    assert_refused(&refusal, ErrorKind::Busy, &["virtual functions enabled", "sriov_numvfs"]);
+    assert_refused(&refusal, ErrorKind::Busy, &["virtual functions enabled", "vf set"]);
 }
 
 #[test]
 fn one_leased_function_holds_its_whole_device() {
-    let claim = Claim { lease: "3f9a2c81".into(), tenant: "alice".into(), wedged: false };
+    let claim =
+        Claim { lease: "3f9a2c81".into(), tenant: "alice".into(), wedged: false, task: None };
     let refusal = refusal(WORKSTATION, GPU, BTreeMap::from([(at("01:00.1"), claim)]));
     assert_refused(&refusal, ErrorKind::AlreadyLeased, &["0000:01:00.1", "alice", "3f9a2c81"]);
 }

@@ -21,6 +21,8 @@ pub enum Action {
     Release,
     /// Say whether a device is trusted.
     Quarantine,
+    /// Change how many virtual functions there are.
+    VirtualFunctions,
     /// Take what the host cannot live without.
     OverrideProtection,
 }
@@ -32,6 +34,7 @@ impl Action {
             Self::Attach => "org.vfiod1.attach",
             Self::Release => "org.vfiod1.release",
             Self::Quarantine => "org.vfiod1.quarantine",
+            Self::VirtualFunctions => "org.vfiod1.virtual-functions",
             Self::OverrideProtection => "org.vfiod1.override-protection",
         }
     }

@@ -8,6 +8,7 @@ mod holding;
 mod lagging;
 mod leasing;
 mod quarantining;
+mod virtual_functions;
 mod watching;
 
 pub use leasing::Asker;
@@ -252,7 +253,9 @@ impl Broker {
 
     /// The id of the lease that holds a function.
     pub fn holder(&self, address: PciAddress) -> Option<String> {
-        self.data().holder(address).map(|lease| lease.id.clone())
+        let data = self.data();
+        let lease = data.holder(address).filter(|lease| lease.task.is_none())?;
+        Some(lease.id.clone())
     }
 
     /// Every group's record.
@@ -269,7 +272,7 @@ impl Broker {
 
     /// What attaching would do, or why it would not.
     pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
-        let request = self.request(names, options)?;
+        let request = self.request(names, options, &BTreeSet::new())?;
         let uses = self.uses(&self.refresh_around(&request)?)?;
         let data = self.data();
         let planned = plan_within(&data, &request, uses);
@@ -301,13 +304,28 @@ impl Broker {
         Ok(addresses.into_iter().filter(of_use).collect())
     }
 
-    fn request(&self, names: &[String], options: &AttachOptions) -> Result<Request, Failure> {
-        check_devices(names)?;
+    /// What the caller means, virtual functions that it leaves to choose included, but for those
+    /// `barred`.
+    fn request(
+        &self,
+        names: &[String],
+        options: &AttachOptions,
+        barred: &BTreeSet<PciAddress>,
+    ) -> Result<Request, Failure> {
         let inventory = self.inventory();
-        let devices: Result<BTreeSet<PciAddress>, Error> =
-            names.iter().map(|name| inventory.resolve(name)).collect();
+        let mut devices = BTreeSet::new();
+        if let Some(physical) = &options.vf_of {
+            let physical = inventory.resolve(physical)?;
+            let count = options.count.unwrap_or(1);
+            devices.extend(self.free_virtual_functions(physical, count, barred)?);
+        } else {
+            check_devices(names)?;
+        }
+        for name in names {
+            devices.insert(inventory.resolve(name)?);
+        }
         Ok(Request {
-            devices: devices?.into_iter().collect(),
+            devices: devices.into_iter().collect(),
             whole_group: options.whole_group,
             adopt: options.adopt,
             allow_protected: options.allow_protected,
@@ -316,13 +334,21 @@ impl Broker {
 }
 
 fn plan_within(data: &Data, request: &Request, uses: Vec<Use>) -> Result<Plan, Refusal> {
+    plan::attach(&data.inventory, &circumstances(data, uses), request)
+}
+
+fn circumstances(data: &Data, uses: Vec<Use>) -> Circumstances {
     let claim = |(device, lease): (PciAddress, &Lease)| {
-        let wedged = lease.state == State::Wedged;
-        (device, Claim { lease: lease.id.clone(), tenant: lease.tenant.clone(), wedged })
+        let claim = Claim {
+            lease: lease.id.clone(),
+            tenant: lease.tenant.clone(),
+            wedged: lease.state == State::Wedged,
+            task: lease.task.clone(),
+        };
+        (device, claim)
     };
     let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
-    let quarantined = data.quarantined();
-    plan::attach(&data.inventory, &Circumstances { claims, uses, quarantined }, request)
+    Circumstances { claims, uses, quarantined: data.quarantined() }
 }
 
 fn claims_by_device(leases: &BTreeMap<String, Lease>) -> BTreeMap<PciAddress, &Lease> {
@@ -341,11 +367,14 @@ fn device_record(
     } else {
         DeviceRecord::full(inventory, function)
     };
+    // What the daemon does itself is no tenant's.
+    let holder = lease;
+    let lease = lease.filter(|lease| lease.task.is_none());
     DeviceRecord {
         lease: lease.map(|l| l.id.clone()),
         tenant: lease.map(|l| l.tenant.clone()),
         lease_state: lease.map(|l| l.state.name().to_owned()),
-        external: (function.on_vfio() && lease.is_none()).then_some(true),
+        external: (function.on_vfio() && holder.is_none()).then_some(true),
         ..record
     }
 }

@@ -67,6 +67,8 @@ pub enum Event {
     Failed,
     /// A lease that the daemon left unfinished was found and ended, or brought up to date.
     Recovered,
+    /// A physical function has another number of virtual functions.
+    VirtualFunctions,
     /// A device is not trusted any more.
     Quarantined,
     /// A device is trusted again.
@@ -83,6 +85,7 @@ impl Event {
             Self::Released => "released",
             Self::Failed => "failed",
             Self::Recovered => "recovered",
+            Self::VirtualFunctions => "virtual-functions",
             Self::Quarantined => "quarantined",
             Self::Cleared => "cleared",
             Self::SetAside => "set-aside",

@@ -34,6 +34,9 @@ pub struct Lease {
     /// What it ends with, if not by release alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bound: Option<Bound>,
+    /// What the daemon does with the devices, if they are for no tenant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
     /// Its functions, and how each was found.
     pub devices: BTreeMap<PciAddress, Found>,
     /// The way to the guest. The first step without an outcome may or may not have happened.
@@ -163,6 +166,7 @@ impl Lease {
             state: self.state.name().to_owned(),
             reason: self.reason.clone(),
             bound: self.bound.as_ref().map(ToString::to_string),
+            task: self.task.clone(),
             devices: self.devices.keys().map(ToString::to_string).collect(),
             owner: self.owner,
             created: self.created,

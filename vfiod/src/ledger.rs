@@ -201,6 +201,7 @@ mod tests {
             reason: None,
             failure: None,
             bound: None,
+            task: None,
             devices: std::collections::BTreeMap::new(),
             forward: Vec::new(),
             backward: Vec::new(),

@@ -28,6 +28,10 @@ pub struct AttachOptions {
     pub whole_group: bool,
     /// Accept devices somebody else has put on VFIO.
     pub adopt: bool,
+    /// Choose free virtual functions of this physical one.
+    pub vf_of: Option<String>,
+    /// How many; one if not given.
+    pub count: Option<u32>,
     /// End the lease when this process does.
     pub pid: Option<u32>,
     /// End the lease when the caller leaves the bus.
@@ -116,6 +120,17 @@ pub fn check_devices(devices: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Checks that there are no options, where none are known.
+pub fn check_no_options(raw: &RawOptions) -> Result<(), Failure> {
+    match raw.keys().next() {
+        None => Ok(()),
+        Some(key) => {
+            let key: String = key.chars().take(LONGEST).collect();
+            Err(invalid(format!("there is no option {key:?}; this call has none")))
+        }
+    }
+}
+
 impl AttachOptions {
     /// Reads them, refusing what it does not know.
     pub fn read(raw: &RawOptions) -> Result<Self, Failure> {
@@ -126,6 +141,8 @@ impl AttachOptions {
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
                 "allow_protected" => options.allow_protected = flag(key, value)?,
+                "vf_of" => options.vf_of = Some(text(key, value)?),
+                "count" => options.count = Some(number(key, value)?),
                 "pid" => options.pid = Some(number(key, value)?),
                 "while_connected" => options.while_connected = flag(key, value)?,
                 _ => {
@@ -134,6 +151,12 @@ impl AttachOptions {
                     return Err(unknown(key, &known));
                 }
             }
+        }
+        if options.count.is_some() && options.vf_of.is_none() {
+            return Err(invalid("'count' says how many of 'vf_of'; give both".to_owned()));
+        }
+        if options.count == Some(0) {
+            return Err(invalid("'count' is at least 1".to_owned()));
         }
         if options.pid.is_some() && options.while_connected {
             return Err(invalid(

@@ -43,6 +43,7 @@ fn failed_lease() -> Lease {
         reason: Some("0000:09:00.0 was unplugged".into()),
         failure: None,
         bound: None,
+        task: None,
         devices: std::collections::BTreeMap::new(),
         forward: Vec::new(),
         backward: Vec::new(),

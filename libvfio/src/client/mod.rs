@@ -110,6 +110,25 @@ pub trait Manager {
     fn simulated(&self) -> Result<String, Failure>;
 }
 
+/// One PCI function. Its properties are for whoever follows one device; a record has them all.
+#[zbus::proxy(interface = "org.vfiod1.Device", default_service = "org.vfiod1")]
+pub trait Device {
+    /// Gives a physical function so many virtual ones; answers their addresses, by index.
+    #[zbus(allow_interactive_auth)]
+    fn set_virtual_functions(
+        &self,
+        count: u16,
+        options: Options<'_>,
+    ) -> Result<Vec<String>, Failure>;
+
+    /// What that would do or why it would not be done, without doing it.
+    fn plan_virtual_functions(
+        &self,
+        count: u16,
+        options: Options<'_>,
+    ) -> Result<PlanRecord, Failure>;
+}
+
 /// The path of a device's object.
 pub fn device_path(address: crate::address::PciAddress) -> String {
     format!("{ROOT_PATH}/device/{}", address.to_string().replace([':', '.'], "_"))

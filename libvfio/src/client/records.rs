@@ -71,6 +71,12 @@ pub struct DeviceRecord {
     pub enabled_vfs: Option<u16>,
     /// Whether host drivers are offered this PF's new VFs.
     pub vf_autoprobe: Option<bool>,
+    /// Routing id distance from a PF to its first VF.
+    pub vf_offset: Option<u16>,
+    /// Routing id distance from one of its VFs to the next.
+    pub vf_stride: Option<u16>,
+    /// Interrupt vectors (MSI-X) it has.
+    pub msix_vectors: Option<u16>,
     /// This VF's PF.
     pub physical_function: Option<String>,
     /// This VF's index, from 0.
@@ -191,6 +197,8 @@ pub struct LeaseRecord {
     pub reason: Option<String>,
     /// What it ends with: a process or a connection to the bus.
     pub bound: Option<String>,
+    /// What the daemon does with the devices, if they are for no tenant.
+    pub task: Option<String>,
     /// Its functions.
     pub devices: Vec<String>,
     /// User id of the caller that attached it.
@@ -249,6 +257,10 @@ impl DeviceRecord {
             }
             _ => (None, None, None),
         };
+        let layout = match function.sriov {
+            Sriov::Physical { offset, stride, .. } => Some((offset, stride)),
+            _ => None,
+        };
         Self {
             subsystem_vendor: function.ids.subsystem_vendor,
             subsystem_device: function.ids.subsystem_device,
@@ -267,6 +279,9 @@ impl DeviceRecord {
             total_vfs: sriov.0,
             enabled_vfs: sriov.1,
             vf_autoprobe: sriov.2,
+            vf_offset: layout.map(|(offset, _)| offset),
+            vf_stride: layout.map(|(_, stride)| stride),
+            msix_vectors: function.config.msix_vectors(),
             vf_index: inventory.vf_index(function),
             vfio_device: function.vfio_device.clone(),
             ..Self::brief(inventory, function)

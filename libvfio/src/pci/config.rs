@@ -238,6 +238,14 @@ impl ConfigSpace {
         })
     }
 
+    /// Interrupt vectors its MSI-X table has.
+    pub fn msix_vectors(&self) -> Option<u16> {
+        self.capabilities.iter().find_map(|capability| match capability {
+            Capability::Msix { vectors, .. } => Some(*vectors),
+            _ => None,
+        })
+    }
+
     /// The device serial number.
     pub fn serial(&self) -> Option<SerialNumber> {
         self.extended.iter().find_map(|capability| match capability {

@@ -271,6 +271,18 @@ impl Function {
     }
 }
 
+/// The virtual functions a physical one has now, by its links to them, in the order of their
+/// addresses.
+pub fn virtual_functions(host: &HostRoot, physical: PciAddress) -> Vec<PciAddress> {
+    let dir = host.function(physical);
+    let names = dir.list().unwrap_or_default();
+    let links = names.iter().filter(|name| name.starts_with("virtfn"));
+    let mut found: Vec<PciAddress> =
+        links.filter_map(|name| dir.link_name(name)?.parse().ok()).collect();
+    found.sort_unstable();
+    found
+}
+
 impl Ids {
     /// From `uevent`, which has them all in one read; what it lacks from the attributes, the
     /// revision from configuration space.

@@ -72,7 +72,7 @@ pub(super) fn refuse_function(
             ErrorKind::Busy,
             "virtual-functions",
             format!("has {vfs} virtual functions enabled"),
-            format!("disable them first (echo 0 > /sys/bus/pci/devices/{address}/sriov_numvfs)"),
+            format!("remove them first ('vfioctl vf set {address} 0')"),
         ));
     }
     if inventory.vfio_pci == DriverSource::Missing {
@@ -127,7 +127,7 @@ pub(super) fn refuse_sibling(
     reasons
 }
 
-fn leased(address: PciAddress, claim: &Claim) -> Reason {
+pub(super) fn leased(address: PciAddress, claim: &Claim) -> Reason {
     if claim.wedged {
         return Reason {
             kind: ErrorKind::Wedged,
@@ -135,6 +135,15 @@ fn leased(address: PciAddress, claim: &Claim) -> Reason {
             object: address.to_string(),
             text: format!("is wedged: a step of lease {} has not returned", claim.lease),
             remedy: "see 'vfioctl leases'; if it never returns, only a reboot helps".to_owned(),
+        };
+    }
+    if let Some(task) = &claim.task {
+        return Reason {
+            kind: ErrorKind::Busy,
+            code: "changing",
+            object: address.to_string(),
+            text: format!("is being changed: {task}"),
+            remedy: "wait until that is done".to_owned(),
         };
     }
     Reason {
@@ -147,7 +156,7 @@ fn leased(address: PciAddress, claim: &Claim) -> Reason {
 }
 
 /// Uses of a function that forbid giving it away.
-fn uses<'a>(
+pub(super) fn uses<'a>(
     circumstances: &'a Circumstances,
     request: &'a Request,
     function: &'a Function,

@@ -243,8 +243,11 @@ impl Broker {
             self.data().leases.insert(lease.id.clone(), lease.clone());
         }
         self.refresh(lease.devices.keys().copied());
-        let reason = lease.reason.clone();
-        self.tell(Change::LeaseChanged { id: lease.id.clone(), state, reason });
+        // A task that went well was never told of.
+        if lease.task.is_none() || state != "released" {
+            let reason = lease.reason.clone();
+            self.tell(Change::LeaseChanged { id: lease.id.clone(), state, reason });
+        }
         self.tell_holder_changed(&lease);
         self.ended.notify_all();
     }

@@ -1,6 +1,6 @@
 //! Making leases.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::pci::Identity;
-use libvfio::plan::Plan;
+use libvfio::plan::{Plan, Refusal, Request};
 use libvfio::step::Step;
 use tracing::{error, info, warn};
 
@@ -30,6 +30,14 @@ pub struct Asker {
     pub connection: Option<Bound>,
 }
 
+/// What a lease is to be.
+struct Wanted<'a> {
+    tenant: &'a str,
+    options: &'a AttachOptions,
+    user: u32,
+    bound: Option<Bound>,
+}
+
 impl Broker {
     /// Leases devices: brings their groups to VFIO, all or none.
     pub fn attach(
@@ -39,23 +47,49 @@ impl Broker {
         options: &AttachOptions,
         asker: Asker,
     ) -> Result<Lease, Failure> {
-        let request = self.request(names, options)?;
         let (owner, bound) = bound(options, asker.connection)?;
-        let uses = self.uses(&self.refresh_around(&request)?)?;
-        let lease = {
-            let mut data = self.data();
-            let plan = plan_within(&data, &request, uses)?;
-            let lease = Lease {
-                tenant: tenant.to_owned(),
-                vm: options.vm.clone(),
-                owner: asker.user,
-                bound,
-                ..new_lease(&data, &plan)?
-            };
-            data.leases.insert(lease.id.clone(), lease.clone());
-            lease
+        let wanted = Wanted { tenant, options, user: asker.user, bound };
+        let mut barred = BTreeSet::new();
+        let lease = loop {
+            let request = self.request(names, options, &barred)?;
+            match self.claim(&request, &wanted)? {
+                Ok(lease) => break lease,
+                Err(refusal) => {
+                    // Of those that may be chosen, others may do.
+                    let refused = refusal.reasons().iter().map(|reason| reason.object.parse());
+                    let refused: BTreeSet<PciAddress> = refused.filter_map(Result::ok).collect();
+                    let chosen = request.devices.iter().any(|device| refused.contains(device));
+                    if options.vf_of.is_none() || !chosen {
+                        return Err(refusal.into());
+                    }
+                    barred.extend(refused);
+                }
+            }
         };
         self.apart(move |broker, reply| broker.prepare(lease, owner, reply))
+    }
+
+    /// Makes the lease if nothing forbids it. From then on its devices are taken.
+    fn claim(
+        &self,
+        request: &Request,
+        wanted: &Wanted<'_>,
+    ) -> Result<Result<Lease, Refusal>, Failure> {
+        let uses = self.uses(&self.refresh_around(request)?)?;
+        let mut data = self.data();
+        let plan = match plan_within(&data, request, uses) {
+            Ok(plan) => plan,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let lease = Lease {
+            tenant: wanted.tenant.to_owned(),
+            vm: wanted.options.vm.clone(),
+            owner: wanted.user,
+            bound: wanted.bound.clone(),
+            ..new_lease(&data, &plan)?
+        };
+        data.leases.insert(lease.id.clone(), lease.clone());
+        Ok(Ok(lease))
     }
 
     /// Walks a new lease's way to the guest, or all the way back.
@@ -99,7 +133,7 @@ impl Broker {
     }
 
     /// Undoes an attachment that stopped half way.
-    fn abandon(&self, walk: &Walk<'_>, mut lease: Lease, stopped: &Stopped) -> Failure {
+    pub(super) fn abandon(&self, walk: &Walk<'_>, mut lease: Lease, stopped: &Stopped) -> Failure {
         lease.state = State::Releasing;
         lease.backward = lease.way_back();
         self.data().leases.insert(lease.id.clone(), lease.clone());
@@ -184,7 +218,7 @@ fn bound(
     Ok((Some(process), Some(bound)))
 }
 
-fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
+pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
     let found = |(address, before): (&PciAddress, &_)| {
         let function = data.inventory.get(*address)?;
         Some((*address, Found { identity: Identity::of(function), before: Clone::clone(before) }))
@@ -199,6 +233,7 @@ fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         reason: None,
         failure: None,
         bound: None,
+        task: None,
         devices: plan.devices.iter().filter_map(found).collect(),
         forward: Recorded::todo(plan.steps.iter().cloned()),
         backward: Vec::new(),

@@ -1,23 +1,40 @@
 //! `org.vfiod1.Device`: one PCI function's properties.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
 use libvfio::address::PciAddress;
-use libvfio::client::lease_path;
+use libvfio::client::{Failure, PlanRecord, lease_path};
+use libvfio::error::ErrorKind;
 use libvfio::pci::Function;
+use zbus::message::Header;
 use zbus::wire::{ObjectPath, OwnedObjectPath, Variant};
 
+use super::Caller;
+use crate::authority::Action;
 use crate::broker::{Broker, Property};
+use crate::request::{RawOptions, check_no_options};
 
 #[derive(Debug)]
 pub(super) struct DeviceObject {
     broker: Arc<Broker>,
+    /// Set once there is a connection, before anyone can call.
+    caller: Arc<OnceLock<Caller>>,
     address: PciAddress,
 }
 
 impl DeviceObject {
-    pub(super) fn new(broker: Arc<Broker>, address: PciAddress) -> Self {
-        Self { broker, address }
+    pub(super) fn new(
+        broker: Arc<Broker>,
+        caller: Arc<OnceLock<Caller>>,
+        address: PciAddress,
+    ) -> Self {
+        Self { broker, caller, address }
+    }
+
+    fn caller(&self) -> Result<&Caller, Failure> {
+        let early = || Failure::new(ErrorKind::Internal, "the daemon is not ready; call again");
+        self.caller.get().ok_or_else(early)
     }
 
     /// The function as last seen; none between its end and the object's.
@@ -43,6 +60,34 @@ impl DeviceObject {
 /// Properties cannot be absent: an empty string stands for none, `-1` for no number.
 #[zbus::interface(name = "org.vfiod1.Device", introspection_docs = false)]
 impl DeviceObject {
+    #[zbus(out_args("addresses"))]
+    async fn set_virtual_functions(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        count: u16,
+        options: RawOptions,
+    ) -> Result<Vec<String>, Failure> {
+        check_no_options(&options)?;
+        let caller = self.caller()?;
+        let (address, device, number) = (self.address, self.address(), count.to_string());
+        let details = HashMap::from([("device", device.as_str()), ("count", number.as_str())]);
+        let user = caller.authority.check(&header, Action::VirtualFunctions, &details).await?;
+        let set = move |broker: &Arc<Broker>| broker.set_virtual_functions(address, count, user);
+        let addresses = caller.run(set).await?;
+        Ok(addresses.iter().map(ToString::to_string).collect())
+    }
+
+    #[zbus(out_args("plan"))]
+    async fn plan_virtual_functions(
+        &self,
+        count: u16,
+        options: RawOptions,
+    ) -> Result<PlanRecord, Failure> {
+        check_no_options(&options)?;
+        let address = self.address;
+        self.caller()?.run(move |broker| broker.plan_virtual_functions(address, count)).await
+    }
+
     #[zbus(property(emits_changed_signal = "const"))]
     fn address(&self) -> String {
         self.address.to_string()

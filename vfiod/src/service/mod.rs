@@ -8,7 +8,7 @@ mod lease;
 mod manager;
 mod publisher;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use libvfio::client::{BUS_NAME, Failure, ROOT_PATH, device_path, group_path, lease_path};
 use libvfio::error::ErrorKind;
@@ -42,8 +42,9 @@ impl Service {
         changes: UnboundedSender<Change>,
     ) -> zbus::Result<Self> {
         let mut builder = builder;
+        let callers = Arc::new(OnceLock::new());
         for device in broker.inventory().functions().map(|f| f.address) {
-            let object = DeviceObject::new(broker.clone(), device);
+            let object = DeviceObject::new(broker.clone(), callers.clone(), device);
             builder = builder.serve_at(device_path(device), object);
         }
         for group in broker.inventory().groups().map(|group| group.number) {
@@ -54,7 +55,14 @@ impl Service {
         let owner = broker.simulated().map_or(0, |_| geteuid().as_raw());
         let authority = Arc::new(Authority::new(connection.clone(), owner));
         let connections = Connections::new(connection.clone(), broker.clone());
-        let caller = Caller { broker: broker.clone(), authority, connections, changes };
+        let caller = Caller {
+            broker: broker.clone(),
+            authority,
+            connections,
+            changes,
+            devices: callers.clone(),
+        };
+        let _ = callers.set(caller.clone());
         let server = connection.object_server();
         for lease in broker.leases() {
             let object = LeaseObject::new(caller.clone(), lease.id.clone());
@@ -86,6 +94,8 @@ struct Caller {
     broker: Arc<Broker>,
     authority: Arc<Authority>,
     connections: Arc<Connections>,
+    /// Where the objects of devices find it.
+    devices: Arc<OnceLock<Caller>>,
     changes: UnboundedSender<Change>,
 }
 

@@ -89,7 +89,11 @@ impl Publisher {
                 let _ = done.send(());
             }
             Change::DeviceAdded(address) => {
-                let object = DeviceObject::new(self.caller.broker.clone(), address);
+                let object = DeviceObject::new(
+                    self.caller.broker.clone(),
+                    self.caller.devices.clone(),
+                    address,
+                );
                 server.at(device_path(address), object).await?;
                 self.manager().await?.device_added(&address.to_string()).await?;
             }

@@ -10,13 +10,18 @@ use libvfio::step::Step;
 ///
 /// A function may take 60 s to be ready after a reset (`PCIE_RESET_READY_POLL_MS`,
 /// `drivers/pci/pci.h`), and VFIO resets when it binds, opens and lets go.
-const DEFAULTS: [(&str, u64); 7] = [
+///
+/// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
+/// `drivers/pci/iov.c`), and a card may have hundreds.
+const DEFAULTS: [(&str, u64); 9] = [
     ("load-module", 60),
     ("unbind-lock", 10),
     ("unbind", 70),
     ("set-override", 10),
     ("bind", 70),
     ("reset", 70),
+    ("set-autoprobe", 10),
+    ("set-virtual-functions", 300),
     ("check-viable", 70),
 ];
 

@@ -7,6 +7,7 @@ mod life;
 mod refusals;
 mod selftest;
 mod survival;
+mod virtual_functions;
 
 use anyhow::Result;
 
@@ -37,6 +38,7 @@ const SCENARIOS: &[(&str, &str, Scenario)] = &[
     ("restart", "the daemon restarts while a guest has its devices", life::restart),
     ("host", "what journal, systemd and the readiness check see", life::host),
     ("hotplug", "devices go and come, leased and not", life::hotplug),
+    ("virtual-functions", "made, leased and taken away", virtual_functions::number),
     ("owners", "leases end with their process or connection", survival::owners),
     ("drift", "others change what a lease holds", survival::drift),
     ("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),

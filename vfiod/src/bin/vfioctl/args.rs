@@ -78,6 +78,7 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:
   vfioctl attach gpu --tenant alice
   vfioctl attach 03:00.0 01:10.0 --tenant alice --vm 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60
+  vfioctl attach --vf-of 01:00.0 --count 2 --tenant alice
   vfioctl attach gpu --dry-run")]
     Attach(AttachArgs),
     /// End leases: every function goes back to the driver and override it had
@@ -109,6 +110,17 @@ pub(crate) enum Command {
     Quarantine {
         #[command(subcommand)]
         action: Option<QuarantineAction>,
+    },
+    /// Virtual functions: which there are, and how many there shall be
+    #[command(after_help = "Examples:
+  vfioctl vf list
+  vfioctl vf set 01:00.0 4 --dry-run
+  vfioctl vf set 01:00.0 4
+  vfioctl vf list 01:00.0
+  vfioctl attach --vf-of 01:00.0 --tenant alice")]
+    Vf {
+        #[command(subcommand)]
+        action: VfAction,
     },
     /// Follow changes of leases and devices, a line each, until interrupted
     Monitor,
@@ -148,8 +160,14 @@ pub(crate) struct ListArgs {
 #[allow(clippy::struct_excessive_bools)] // Flags of a command line.
 pub(crate) struct AttachArgs {
     /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along
-    #[arg(value_name = "DEV", required = true)]
+    #[arg(value_name = "DEV", required_unless_present = "vf_of")]
     pub(crate) devices: Vec<String>,
+    /// Choose free virtual functions of this physical one, the lowest indices first
+    #[arg(long, value_name = "PF", conflicts_with = "devices")]
+    pub(crate) vf_of: Option<String>,
+    /// How many virtual functions to choose
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "vf_of")]
+    pub(crate) count: u32,
     /// Who gets them: 1 to 64 letters, digits and . _ : @ + -
     #[arg(long, value_name = "TENANT", required_unless_present = "dry_run")]
     pub(crate) tenant: Option<String>,
@@ -197,6 +215,37 @@ pub(crate) struct LeasesArgs {
     /// How many of the newest things that happened to list [default: 100]
     #[arg(long, value_name = "N", requires = "history")]
     pub(crate) last: Option<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VfAction {
+    /// List physical functions, or the virtual functions of one
+    List {
+        /// The physical function whose virtual ones to list
+        #[arg(value_name = "PF")]
+        physical: Option<String>,
+    },
+    /// Show all that is known of a virtual function
+    Show {
+        /// The virtual function
+        #[arg(value_name = "VF")]
+        device: String,
+    },
+    /// Set how many virtual functions a physical one has; 0 removes all
+    ///
+    /// The kernel removes all before it makes others, so this is refused while any of them is
+    /// leased, held or used. Host drivers are kept from the new ones.
+    Set {
+        /// The physical function
+        #[arg(value_name = "PF")]
+        physical: String,
+        /// How many there shall be
+        #[arg(value_name = "N")]
+        count: u16,
+        /// Show the steps and change nothing; exits as setting would
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

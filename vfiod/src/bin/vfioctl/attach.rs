@@ -56,10 +56,14 @@ async fn plan(
 ) -> Result<ExitCode, Trouble> {
     let reply = bus.ask("Plan", &(devices, options(args))).await?;
     let plan: PlanRecord = reply.read()?;
+    let asked = match &args.vf_of {
+        Some(physical) => format!("{} of {physical}", args.count),
+        None => devices.join(", "),
+    };
     if out.json {
         print_json(&reply.json()?)?;
     } else {
-        print(&Story { asked: &devices.join(", "), plan: &plan }.to_string())?;
+        print(&Story { asked: &asked, can: "be attached", plan: &plan }.to_string())?;
     }
     let kind = plan.reasons.first().and_then(|reason| ErrorKind::from_name(&reason.kind));
     Ok(kind.map_or(ExitCode::SUCCESS, |kind| kind.exit_status().into()))
@@ -69,6 +73,10 @@ fn options(args: &AttachArgs) -> Options<'_> {
     let mut options = Options::new();
     if let Some(vm) = &args.vm {
         options.insert("vm", vm.as_str().into());
+    }
+    if let Some(physical) = &args.vf_of {
+        options.insert("vf_of", physical.as_str().into());
+        options.insert("count", args.count.into());
     }
     if let Some(pid) = args.pid {
         options.insert("pid", pid.into());
@@ -131,6 +139,8 @@ mod tests {
             vm: Some("web".into()),
             whole_group: true,
             adopt: false,
+            vf_of: None,
+            count: 1,
             pid: Some(7),
             allow_protected: false,
             dry_run: false,

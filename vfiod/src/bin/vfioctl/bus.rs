@@ -61,7 +61,7 @@ impl Bus {
 
 /// What vfiod answered: records for people's tables, or whatever it is as JSON.
 #[derive(Debug)]
-pub(crate) struct Reply(Message);
+pub(crate) struct Reply(pub(crate) Message);
 
 impl Reply {
     pub(crate) fn read<T: for<'de> Deserialize<'de> + Type>(&self) -> Result<T, Trouble> {

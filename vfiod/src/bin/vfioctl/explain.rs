@@ -15,23 +15,25 @@ pub(crate) async fn run(bus: &Bus, device: &str, out: &Output) -> Result<(), Tro
     if out.json {
         return print_json(&reply.json()?);
     }
-    print(&Story { asked: device, plan: &reply.read()? }.to_string())
+    print(&Story { asked: device, can: "be attached", plan: &reply.read()? }.to_string())
 }
 
 /// A plan or a refusal, for people.
 pub(crate) struct Story<'a> {
     pub(crate) asked: &'a str,
+    /// What can or cannot happen to it.
+    pub(crate) can: &'a str,
     pub(crate) plan: &'a PlanRecord,
 }
 
 impl fmt::Display for Story<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { asked, plan } = self;
+        let Self { asked, can, plan } = self;
         if plan.possible {
             let devices = plan.devices.join(", ");
-            writeln!(f, "{GOOD}{asked} can be attached{GOOD:#}: {devices}")?;
+            writeln!(f, "{GOOD}{asked} can {can}{GOOD:#}: {devices}")?;
         } else {
-            writeln!(f, "{BAD}{asked} cannot be attached{BAD:#}")?;
+            writeln!(f, "{BAD}{asked} cannot {can}{BAD:#}")?;
         }
         for ReasonRecord { object, text, remedy, .. } in &plan.reasons {
             writeln!(f, "  {BOLD}{object}{BOLD:#} {text}")?;
@@ -58,7 +60,8 @@ mod tests {
     use super::*;
 
     fn told(plan: &PlanRecord) -> String {
-        anstream::adapter::strip_str(&Story { asked: "gpu", plan }.to_string()).to_string()
+        anstream::adapter::strip_str(&Story { asked: "gpu", can: "be attached", plan }.to_string())
+            .to_string()
     }
 
     fn group() -> GroupRecord {

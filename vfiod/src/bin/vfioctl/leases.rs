@@ -26,7 +26,7 @@ fn table(leases: &[LeaseRecord], now: u64) -> Table {
         table.push([
             lease.id.as_str().into(),
             Cell::new(&lease.state, style(&lease.state)),
-            Cell::new(&lease.tenant, LEASED),
+            tenant(lease),
             age(now.saturating_sub(lease.created)).into(),
             lease.devices.join(" ").into(),
             Cell::maybe(lease.vm.as_deref(), PLAIN),
@@ -34,6 +34,14 @@ fn table(leases: &[LeaseRecord], now: u64) -> Table {
         ]);
     }
     table
+}
+
+/// Who has it; nobody has what the daemon does for itself.
+fn tenant(lease: &LeaseRecord) -> Cell {
+    match &lease.task {
+        Some(task) => Cell::new(format!("({task})"), PLAIN),
+        None => Cell::new(&lease.tenant, LEASED),
+    }
 }
 
 fn style(state: &str) -> Style {

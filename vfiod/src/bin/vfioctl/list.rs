@@ -49,7 +49,7 @@ pub(crate) fn row(first: impl Into<Cell>, device: &DeviceRecord) -> [Cell; 7] {
 }
 
 /// The lease, and in its place or beside it that there shall be no other.
-fn lease_cell(device: &DeviceRecord) -> Cell {
+pub(crate) fn lease_cell(device: &DeviceRecord) -> Cell {
     match (lease(device), &device.quarantine) {
         (Some(lease), Some(_)) => Cell::new(format!("{lease}, quarantined"), BAD),
         (None, Some(_)) => Cell::new("quarantined", BAD),

@@ -21,6 +21,7 @@ mod show;
 mod table;
 mod tree;
 mod trouble;
+mod vf;
 
 fn main() -> std::process::ExitCode {
     run::main()

@@ -13,7 +13,7 @@ use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
     attach, check, explain, generate, groups, history, holders, leases, list, monitor, quarantine,
-    release, show, tree,
+    release, show, tree, vf,
 };
 
 pub(crate) fn main() -> ExitCode {
@@ -73,6 +73,7 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Quarantine { action } => {
             quarantine::run(&bus().await?, action.as_ref(), &out).await?;
         }
+        Command::Vf { action } => return vf::run(&bus().await?, &action, &out).await,
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Release(args) => return release::run(&bus().await?, &args, &out).await,

@@ -1,0 +1,169 @@
+//! How a physical function gets another number of virtual functions. Pure.
+//!
+//! The kernel removes all before it makes others (`sriov_numvfs_store`,
+//! `drivers/pci/pci-sysfs.c`), so any use of any of them forbids it.
+
+use super::reasons::{leased, uses};
+use super::{Circumstances, Plan, Reason, Refusal, Request};
+use crate::address::PciAddress;
+use crate::error::ErrorKind;
+use crate::inventory::Inventory;
+use crate::pci::{Function, Sriov};
+use crate::step::Step;
+
+/// Plans the change of a physical function's number of virtual functions to `count`, or refuses
+/// with every reason there is. Without a step where the number is that already.
+pub fn virtual_functions(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    physical: PciAddress,
+    count: u16,
+) -> Result<Plan, Refusal> {
+    let mut plan = Plan::default();
+    let Some(function) = inventory.get(physical) else { return Ok(plan) };
+    let mut reasons = refuse_physical(circumstances, function, count);
+    let (enabled, autoprobe) = match function.sriov {
+        Sriov::Physical { enabled, autoprobe, .. } => (enabled, autoprobe),
+        _ => (0, false),
+    };
+    let virtuals: Vec<&Function> = inventory
+        .virtual_functions(physical)
+        .into_iter()
+        .filter_map(|(_, address)| inventory.get(address).map(AsRef::as_ref))
+        .collect();
+    if enabled != count {
+        reasons.extend(virtuals.iter().flat_map(|vf| refuse_virtual(circumstances, vf)));
+    }
+    if let Some(refusal) = Refusal::new(reasons) {
+        return Err(refusal);
+    }
+    if enabled == count {
+        return Ok(plan);
+    }
+    let members = virtuals.into_iter().chain([function.as_ref()]);
+    plan.devices = members.map(|f| (f.address, f.binding())).collect();
+    plan.steps = steps(physical, enabled, count, autoprobe);
+    Ok(plan)
+}
+
+/// Host drivers are kept from the new ones: each would be probed, and taken from its driver again
+/// for a guest.
+fn steps(device: PciAddress, from: u16, to: u16, autoprobe: bool) -> Vec<Step> {
+    let autoprobe = autoprobe && to > 0;
+    let mut steps = Vec::new();
+    if autoprobe {
+        steps.push(Step::SetAutoprobe { device, from: true, to: false });
+    }
+    if from > 0 && to > 0 {
+        steps.push(Step::SetVirtualFunctions { device, from, to: 0 });
+        steps.push(Step::SetVirtualFunctions { device, from: 0, to });
+    } else {
+        steps.push(Step::SetVirtualFunctions { device, from, to });
+    }
+    if autoprobe {
+        steps.push(Step::SetAutoprobe { device, from: false, to: true });
+    }
+    steps
+}
+
+/// Why a function cannot have that many.
+fn refuse_physical(circumstances: &Circumstances, function: &Function, count: u16) -> Vec<Reason> {
+    let address = function.address;
+    let reason = |kind, code, text: String, remedy: &str| Reason {
+        kind,
+        code,
+        object: address.to_string(),
+        text,
+        remedy: remedy.to_owned(),
+    };
+    let total = match function.sriov {
+        Sriov::Physical { total, .. } => total,
+        Sriov::Virtual { physical } => {
+            let text = format!("is a virtual function of {physical} itself");
+            let remedy = format!("name {physical}");
+            return vec![reason(ErrorKind::Unsupported, "no-sriov", text, &remedy)];
+        }
+        Sriov::None => {
+            let text = "cannot have virtual functions".to_owned();
+            let remedy = "name a function with SR-IOV; 'vfioctl vf list' has them";
+            return vec![reason(ErrorKind::Unsupported, "no-sriov", text, remedy)];
+        }
+    };
+    if let Some(claim) = circumstances.claims.get(&address) {
+        return vec![leased(address, claim)];
+    }
+    let mut reasons = Vec::new();
+    if function.stuck {
+        let text = "cannot be read: a kernel operation on it has not returned".to_owned();
+        let remedy = "see 'journalctl -k' for it; if it never returns, only a reboot helps";
+        reasons.push(reason(ErrorKind::Wedged, "stuck", text, remedy));
+    }
+    if count > total {
+        let text = format!("can have {total} virtual functions, not {count}");
+        let remedy = format!("ask for 0 to {total}");
+        reasons.push(reason(ErrorKind::InvalidArgument, "too-many", text, &remedy));
+    }
+    if count > 0
+        && let Some(why) = circumstances.quarantined.get(&address)
+    {
+        let text = format!("is in quarantine: {why}");
+        let remedy = format!("see to that, then 'vfioctl quarantine clear {address}'");
+        reasons.push(reason(ErrorKind::Quarantined, "quarantined", text, &remedy));
+    }
+    if function.on_vfio() {
+        let text = "is on VFIO itself, put there by somebody else".to_owned();
+        let remedy = "release it where it was bound";
+        reasons.push(reason(ErrorKind::Busy, "external", text, remedy));
+    } else if function.driver.is_none() {
+        let text = "is on no driver, and only its driver makes virtual functions".to_owned();
+        let remedy = format!("echo {address} > /sys/bus/pci/drivers_probe");
+        reasons.push(reason(ErrorKind::Unsupported, "no-driver", text, &remedy));
+    }
+    reasons
+}
+
+/// Why a virtual function has to stay.
+fn refuse_virtual(circumstances: &Circumstances, function: &Function) -> Vec<Reason> {
+    let address = function.address;
+    if let Some(claim) = circumstances.claims.get(&address) {
+        return vec![leased(address, claim)];
+    }
+    let mut reasons: Vec<Reason> = uses(circumstances, &Request::default(), function).collect();
+    if function.on_vfio() {
+        reasons.push(Reason {
+            kind: ErrorKind::Busy,
+            code: "external",
+            object: address.to_string(),
+            text: "is on VFIO, put there by somebody else: a guest may be using it".to_owned(),
+            remedy: "release it where it was bound (driverctl, libvirt)".to_owned(),
+        });
+    }
+    reasons
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(from: u16, to: u16, autoprobe: bool) -> Vec<String> {
+        let steps = steps("01:00.0".parse().unwrap(), from, to, autoprobe);
+        let undone: Vec<Option<Step>> = steps.iter().map(Step::inverse).collect();
+        assert!(undone.iter().all(Option::is_some), "every step has a way back");
+        steps.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn new_ones_are_kept_from_host_drivers_while_they_are_made() {
+        let steps = said(0, 4, true);
+        assert_eq!(steps.len(), 3);
+        assert!(steps[0].starts_with("keep") && steps[2].starts_with("offer"), "{steps:?}");
+        assert_eq!(said(0, 4, false).len(), 1);
+        assert_eq!(said(4, 0, true).len(), 1);
+    }
+
+    #[test]
+    fn another_number_takes_all_away_first() {
+        let steps = said(7, 3, false);
+        assert!(steps[0].contains("remove all") && steps[1].contains("make 3"), "{steps:?}");
+    }
+}

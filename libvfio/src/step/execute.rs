@@ -1,0 +1,201 @@
+//! Carrying steps out. The one place that writes to the host: nothing outside this module may change
+//! a driver, an override, a number of virtual functions, a module or a device.
+
+use std::process::Command;
+
+use super::{Cause, Outcome, Step};
+use crate::address::PciAddress;
+use crate::error::Error;
+use crate::host::{HostRoot, LOAD_MODULE};
+use crate::pci::{Binding, Function};
+use crate::vfio;
+
+type Done = Result<Outcome, Cause>;
+
+/// Does what a step says, unless it is so already, and reads back that it is so.
+pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
+    match step {
+        Step::LoadModule { module } => load_module(host, module),
+        Step::UnbindLock { device } => unbind_lock(host, *device),
+        Step::Unbind { device, driver } => unbind(host, *device, driver),
+        Step::SetOverride { device, from, to } => {
+            set_override(host, *device, from.as_deref(), to.as_deref())
+        }
+        Step::Bind { device, driver } => bind(host, *device, driver),
+        Step::Reset { device } => reset(host, *device),
+        Step::SetAutoprobe { device, from, to } => set_autoprobe(host, *device, *from, *to),
+        Step::SetVirtualFunctions { device, from, to } => {
+            set_virtual_functions(host, *device, *from, *to)
+        }
+        Step::CheckViable { group } => check_viable(host, *group),
+    }
+}
+
+impl From<Error> for Cause {
+    fn from(error: Error) -> Self {
+        Self::Host(error.to_string())
+    }
+}
+
+/// `Ok(Done)` if what is found is what was wanted.
+fn read_back(wanted: Option<&str>, found: Option<&str>) -> Done {
+    if same(wanted, found) {
+        return Ok(Outcome::Done);
+    }
+    let say = |name: Option<&str>| name.unwrap_or("none").to_owned();
+    Err(Cause::ReadBack { wanted: say(wanted), found: say(found) })
+}
+
+fn changed(wanted: Option<&str>, found: Option<&str>) -> Cause {
+    let say = |name: Option<&str>| name.unwrap_or("none").to_owned();
+    Cause::Changed { wanted: say(wanted), found: say(found) }
+}
+
+fn driver_of(host: &HostRoot, device: PciAddress) -> Option<String> {
+    host.function(device).link_name("driver")
+}
+
+/// Whether two names mean one driver. A module is named with `_` where its driver's directory may
+/// have `-`, and which of them is only seen once the module is there.
+fn same(a: Option<&str>, b: Option<&str>) -> bool {
+    let plain = |name: &str| name.replace('-', "_");
+    a.map(plain) == b.map(plain)
+}
+
+/// A driver's name as its directory spells it.
+fn spelled(host: &HostRoot, driver: &str) -> String {
+    let drivers = host.sys("bus/pci/drivers");
+    let dashed = driver.replace('_', "-");
+    if !drivers.has(driver) && drivers.has(&dashed) { dashed } else { driver.to_owned() }
+}
+
+fn unbind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
+    let now = driver_of(host, device);
+    match &now {
+        None if host.function(device).path().exists() => return Ok(Outcome::AlreadySo),
+        Some(now) if same(Some(now), Some(driver)) => {}
+        _ => return Err(changed(Some(driver), now.as_deref())),
+    }
+    let dir = host.function(device).sub("driver");
+    dir.write("unbind", &device.to_string()).map_err(|e| Cause::kernel(&e))?;
+    read_back(None, driver_of(host, device).as_deref())
+}
+
+/// Binding by the driver's own `bind` file rather than `drivers_probe` takes exactly this driver
+/// where several would match, and reports the probe's errno (`drivers/base/bus.c`).
+fn bind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
+    let now = driver_of(host, device);
+    if same(now.as_deref(), Some(driver)) {
+        return Ok(Outcome::AlreadySo);
+    }
+    if now.is_some() {
+        return Err(changed(None, now.as_deref()));
+    }
+    let dir = host.sys("bus/pci/drivers").sub(&spelled(host, driver));
+    dir.write("bind", &device.to_string()).map_err(|e| Cause::kernel(&e))?;
+    read_back(Some(driver), driver_of(host, device).as_deref())
+}
+
+fn set_override(host: &HostRoot, device: PciAddress, from: Option<&str>, to: Option<&str>) -> Done {
+    let now = Binding::read(host, device)?.driver_override;
+    if same(now.as_deref(), to) {
+        return Ok(Outcome::AlreadySo);
+    }
+    if !same(now.as_deref(), from) {
+        return Err(changed(from, now.as_deref()));
+    }
+    // A lone newline clears it; an empty write would never reach the kernel.
+    let value = to.map_or_else(|| "\n".to_owned(), |driver| spelled(host, driver));
+    host.function(device).write("driver_override", &value).map_err(|e| Cause::kernel(&e))?;
+    let found = Binding::read(host, device)?.driver_override;
+    read_back(to, found.as_deref())
+}
+
+fn load_module(host: &HostRoot, module: &str) -> Done {
+    let drivers = host.sys("bus/pci/drivers");
+    let there = || drivers.has(&spelled(host, module));
+    if there() {
+        return Ok(Outcome::AlreadySo);
+    }
+    if host.is_real() {
+        modprobe(module)?;
+    } else if host.path(LOAD_MODULE).exists() {
+        host.write(LOAD_MODULE, module).map_err(|e| Cause::kernel(&e))?;
+    } else {
+        let why = "modules load on a real or a simulated host only";
+        return Err(Cause::Program(why.to_owned()));
+    }
+    read_back(Some(module), there().then_some(module))
+}
+
+fn modprobe(module: &str) -> Result<(), Cause> {
+    let output = Command::new("modprobe").arg(module).output().map_err(|e| Cause::kernel(&e))?;
+    if !output.status.success() {
+        return Err(Cause::Program(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    Ok(())
+}
+
+/// The write succeeds even when the lock is refused, so it is read back.
+fn unbind_lock(host: &HostRoot, device: PciAddress) -> Done {
+    let file = format!("proc/driver/nvidia/gpus/{device}/unbindLock");
+    let locked = |text: Option<String>| text.is_some_and(|t| t.trim() == "1");
+    if locked(host.text(&file)?) {
+        return Ok(Outcome::AlreadySo);
+    }
+    host.write(&file, "1").map_err(|e| Cause::kernel(&e))?;
+    if locked(host.text(&file)?) { Ok(Outcome::Done) } else { Err(Cause::InUse) }
+}
+
+fn reset(host: &HostRoot, device: PciAddress) -> Done {
+    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
+    vfio::reset(host, &function)?;
+    let after = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
+    if after.is_silent() {
+        return read_back(Some("a device that answers"), Some("all ones in its config space"));
+    }
+    Ok(Outcome::Done)
+}
+
+fn set_autoprobe(host: &HostRoot, device: PciAddress, from: bool, to: bool) -> Done {
+    let dir = host.function(device);
+    let word = |on| if on { "1" } else { "0" };
+    let now = dir.attr("sriov_drivers_autoprobe")?;
+    if now.as_deref() == Some(word(to)) {
+        return Ok(Outcome::AlreadySo);
+    }
+    if now.as_deref() != Some(word(from)) {
+        return Err(changed(Some(word(from)), now.as_deref()));
+    }
+    dir.write("sriov_drivers_autoprobe", word(to)).map_err(|e| Cause::kernel(&e))?;
+    read_back(Some(word(to)), dir.attr("sriov_drivers_autoprobe")?.as_deref())
+}
+
+/// A driver may make fewer than it was asked for and report success (`sriov_numvfs_store`,
+/// `drivers/pci/pci-sysfs.c`); then none are left.
+fn set_virtual_functions(host: &HostRoot, device: PciAddress, from: u16, to: u16) -> Done {
+    let dir = host.function(device);
+    let (from, to) = (from.to_string(), to.to_string());
+    let now = dir.attr("sriov_numvfs")?;
+    if now.as_deref() == Some(to.as_str()) {
+        return Ok(Outcome::AlreadySo);
+    }
+    if now.as_deref() != Some(from.as_str()) {
+        return Err(changed(Some(&from), now.as_deref()));
+    }
+    dir.write("sriov_numvfs", &to).map_err(|e| Cause::kernel(&e))?;
+    let found = dir.attr("sriov_numvfs")?;
+    if found.as_deref() != Some(to.as_str()) && from == "0" {
+        dir.write("sriov_numvfs", &from).map_err(|e| Cause::kernel(&e))?;
+    }
+    read_back(Some(&to), found.as_deref())
+}
+
+fn check_viable(host: &HostRoot, group: u32) -> Done {
+    match vfio::group_viable(host, group) {
+        Ok(true) => Ok(Outcome::Done),
+        Ok(false) => read_back(Some("a viable group"), Some("a member on a host driver")),
+        Err(Error::Io { source, .. }) => Err(Cause::kernel(&source)),
+        Err(other) => Err(other.into()),
+    }
+}
