@@ -25,7 +25,7 @@ const fn function(id: &'static str, address: &'static str, vendor: u16, device: 
 
 /// An SR-IOV network card (igb, 7 virtual functions) on a root port of its own.
 pub const NIC: Function = function("nic", "0000:01:00.0", 0x8086, 0x10c9);
-/// An SR-IOV disk controller (NVM Express, 4 virtual functions) on a root port of its own.
+/// An SR-IOV disk controller (NVM Express) on a root port of its own.
 pub const NVME: Function = function("nvme", "0000:02:00.0", 0x1b36, 0x0010);
 /// The display function of the "GPU"; video memory in BAR 0, reset by its bus only.
 pub const GPU: Function = function("gpu", "0000:03:00.0", 0x1234, 0x1111);
@@ -72,17 +72,41 @@ pub struct Files {
 /// The name of the agent's virtio-serial port.
 pub const AGENT_PORT: &str = "org.vfiod.lab";
 
-/// Processors of a machine whose kernel starts guests.
-///
-/// With two, QEMU 10 can free a memory map that the other one still uses when a BAR of a guest
-/// moves (its assertion in `iotlb_to_section` fails).
-pub const PROCESSORS: u8 = 1;
-/// Processors of a machine that is measured and starts no guest, so that what udev and systemd
-/// make of a change runs beside what is measured, as it does on any real host.
-pub const PROCESSORS_MEASURED: u8 = 2;
+/// What a machine is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Scenarios, some of which start guests.
+    Scenarios,
+    /// Benchmarks, which start none.
+    Benchmarks,
+}
+
+impl Purpose {
+    /// Processors.
+    ///
+    /// With two, QEMU 10 can free a memory map that the other one still uses when a BAR of a guest
+    /// moves (its assertion in `iotlb_to_section` fails). Where no guest is started there are two,
+    /// so that what udev and systemd make of a change runs beside what is measured, as it does on
+    /// any real host.
+    fn processors(self) -> u8 {
+        match self {
+            Self::Scenarios => 1,
+            Self::Benchmarks => 2,
+        }
+    }
+
+    /// How many virtual functions [`NVME`] can have.
+    pub fn disk_functions(self) -> u16 {
+        match self {
+            Self::Scenarios => 4,
+            Self::Benchmarks => 64,
+        }
+    }
+}
 
 /// QEMU's arguments for the machine: everything but the kernel and the console.
-pub fn arguments(files: &Files, processors: u8) -> Vec<String> {
+pub fn arguments(files: &Files, purpose: Purpose) -> Vec<String> {
+    let processors = purpose.processors();
     let mut arguments: Vec<String> = [
         "-machine q35,kernel-irqchip=split,sata=off,vmport=off",
         "-accel tcg,thread=multi",
@@ -114,7 +138,7 @@ pub fn arguments(files: &Files, processors: u8) -> Vec<String> {
     let devices = [
         own_devices(),
         nic(),
-        nvme(),
+        nvme(purpose.disk_functions()),
         gpu_with_port(),
         switch(),
         switch_without_acs(),
@@ -145,12 +169,13 @@ fn nic() -> Vec<Value> {
     ]
 }
 
-fn nvme() -> Vec<Value> {
+fn nvme(functions: u16) -> Vec<Value> {
     vec![
         root_port("port-nvme", "pcie.0", "05.0", 2),
         json!({"driver": "nvme-subsys", "id": "subsystem"}),
         json!({"driver": "nvme", "id": NVME.id, "bus": "port-nvme", "subsys": "subsystem",
-            "serial": "SRIOV", "sriov_max_vfs": 4, "sriov_vq_flexible": 8, "sriov_vi_flexible": 4}),
+            "serial": "SRIOV", "max_ioqpairs": 256, "msix_qsize": 256, "sriov_max_vfs": functions,
+            "sriov_vq_flexible": functions * 2, "sriov_vi_flexible": functions}),
         json!({"driver": "nvme-ns", "drive": "void", "bus": NVME.id}),
     ]
 }

@@ -15,7 +15,7 @@ use vfiod_tests::protocol::{BenchRow, ScenarioInfo};
 
 use crate::{deb, exec, host, progress};
 use session::{Session, Summary};
-use vfiod_tests::machine::{PROCESSORS, PROCESSORS_MEASURED};
+use vfiod_tests::machine::Purpose;
 use vm::{Console, Payload, Vm};
 
 pub(crate) use session::Voice;
@@ -84,8 +84,8 @@ pub(crate) fn play(selection: Selection<'_>, voice: Voice) -> Result<Summary> {
             names.to_owned()
         }
     };
-    let processors = if names == ["bench"] { PROCESSORS_MEASURED } else { PROCESSORS };
-    boot(agent, Console::Log, processors)?.play(names, voice)
+    let purpose = if names == ["bench"] { Purpose::Benchmarks } else { Purpose::Scenarios };
+    boot(agent, Console::Log, purpose)?.play(names, voice)
 }
 
 /// `cargo xtask demo`.
@@ -104,20 +104,20 @@ pub(crate) fn bench() -> Result<Vec<BenchRow>> {
 
 /// A shell in the lab, on this terminal.
 fn shell() -> Result<ExitCode> {
-    let session = boot(exec::build_agent()?, Console::Terminal, PROCESSORS)?;
+    let session = boot(exec::build_agent()?, Console::Terminal, Purpose::Scenarios)?;
     eprintln!("a root shell in the lab; `exit` leaves it");
     session.wait_for_end()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn boot(agent: PathBuf, console: Console, processors: u8) -> Result<Session> {
+fn boot(agent: PathBuf, console: Console, purpose: Purpose) -> Result<Session> {
     host::require_root()?;
     let guest_init = exec::build_guest_init()?;
     let package = deb::build()?;
     let image = image::ready()?;
     let payload = Payload { package, agent, guest_init };
     progress::step("booting the lab", || {
-        Session::start(Vm::start(&image, &payload, console, processors)?)
+        Session::start(Vm::start(&image, &payload, console, purpose)?)
     })
 }
 

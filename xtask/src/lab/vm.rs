@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use vfiod_tests::machine::{self, Files};
+use vfiod_tests::machine::{self, Files, Purpose};
 
 use super::image::{Image, make_disk};
 use super::qmp::Qmp;
@@ -63,14 +63,14 @@ impl Vm {
         image: &Image,
         payload: &Payload,
         console: Console,
-        processors: u8,
+        purpose: Purpose,
     ) -> Result<Self> {
         let tree = image.tree();
         enter_namespace(image)?;
         make_payload(&inside(&tree, FILES.payload), payload)?;
 
         let log = exec::target()?.join("lab-console.log");
-        let mut qemu = qemu(&tree, console, processors, &log)?;
+        let mut qemu = qemu(&tree, console, purpose, &log)?;
         let agent = connect(&mut qemu, &inside(&tree, FILES.agent), &log)?;
         let qmp = Qmp::new(connect(&mut qemu, &inside(&tree, FILES.qmp), &log)?)?;
         Ok(Self { qemu, log, qmp, agent })
@@ -138,14 +138,14 @@ fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
     make_disk(disk, "64M", "payload", Some(&staging))
 }
 
-fn qemu(tree: &Path, console: Console, processors: u8, log: &Path) -> Result<Child> {
+fn qemu(tree: &Path, console: Console, purpose: Purpose, log: &Path) -> Result<Child> {
     let log = File::create(log).with_context(|| log.display().to_string())?;
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL", "chroot"])
         .arg(tree)
         .arg("qemu-system-x86_64")
-        .args(machine::arguments(&FILES, processors))
+        .args(machine::arguments(&FILES, purpose))
         .args(["-kernel", "/vmlinuz", "-initrd", "/boot/lab-initrd"])
         .stderr(log.try_clone()?);
     match console {

@@ -1,5 +1,7 @@
 //! What the product costs, beside the bare kernel and its peers, in one boot.
 
+mod many;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -32,12 +34,15 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     attach_release(lab, &vf)?;
     lab.step("the same with a process for each operation")?;
     each_a_process(lab, &vf)?;
+    lab.step("making virtual functions, and leasing many at once")?;
+    sysfs::write(NIC.address, "sriov_numvfs", "0")?;
+    many::enable(lab)?;
+    many::attach(lab)?;
     lab.step("listing, memory, starting")?;
     list(lab)?;
     memory(lab)?;
     startup(lab)?;
 
-    sysfs::write(NIC.address, "sriov_numvfs", "0")?;
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
 }
 
