@@ -33,6 +33,7 @@ pub mod holders;
 pub mod inventory;
 pub mod iommu;
 pub mod protection;
+pub mod shape;
 
 pub mod plan;
 

@@ -2,6 +2,7 @@
 //! Pure: reads nothing, changes nothing.
 
 mod reasons;
+mod shaping;
 mod virtual_functions;
 
 pub use virtual_functions::virtual_functions;
@@ -16,6 +17,7 @@ use crate::iommu::Isolation;
 use crate::modalias;
 use crate::pci::{Binding, Function, Sriov};
 use crate::protection::Use;
+use crate::shape::Shape;
 use crate::step::Step;
 
 /// What is asked for.
@@ -30,6 +32,8 @@ pub struct Request {
     pub adopt: bool,
     /// Take also what the host cannot live without.
     pub allow_protected: bool,
+    /// Settings of the virtual functions of network cards, for the time of the lease.
+    pub shape: Shape,
 }
 
 /// Who holds a device already.
@@ -50,6 +54,8 @@ pub struct Claim {
 pub struct Circumstances {
     /// Leases in force, by function.
     pub claims: BTreeMap<PciAddress, Claim>,
+    /// Network settings of virtual functions as they are, of those that have any.
+    pub shapes: BTreeMap<PciAddress, Shape>,
     /// What the host does with its devices, and which processes hold them.
     pub uses: Vec<Use>,
     /// Functions that are not trusted, and why.
@@ -154,6 +160,7 @@ pub fn attach(
     let mut found = Vec::new();
     for function in &members.taken {
         found.extend(reasons::refuse_function(inventory, circumstances, request, function));
+        found.extend(shaping::refuse(circumstances, request, function));
     }
     for sibling in &members.left {
         found.extend(reasons::refuse_sibling(inventory, circumstances, request, sibling));
@@ -161,7 +168,8 @@ pub fn attach(
     if let Some(refusal) = Refusal::new(found) {
         return Err(refusal);
     }
-    let mut plan = steps(inventory, &members);
+    let shaped = |function: &Function| shaping::steps(circumstances, request, function);
+    let mut plan = steps(inventory, &members, shaped);
     for function in &members.taken {
         plan.warnings.extend(reasons::warnings(circumstances, function));
     }
@@ -208,19 +216,24 @@ fn members<'a>(inventory: &'a Inventory, request: &Request) -> Members<'a> {
     Members { taken, left, groups }
 }
 
-fn steps(inventory: &Inventory, members: &Members<'_>) -> Plan {
+fn steps(
+    inventory: &Inventory,
+    members: &Members<'_>,
+    shaped: impl Fn(&Function) -> Vec<Step>,
+) -> Plan {
     let mut plan = Plan { groups: members.groups.clone(), ..Plan::default() };
     let mut modules = Vec::new();
     for function in &members.taken {
         plan.devices.insert(function.address, function.binding());
         if function.on_vfio() {
+            plan.steps.extend(shaped(function));
             continue;
         }
         let driver = vfio_driver(inventory, function);
         if driver.source != DriverSource::Registered && !modules.contains(&driver.module) {
             modules.push(driver.module.clone());
         }
-        plan.steps.extend(transition(inventory, function, &driver.name));
+        plan.steps.extend(transition(inventory, function, &driver.name, shaped(function)));
     }
     let load = modules.into_iter().map(|module| Step::LoadModule { module });
     plan.steps.splice(0..0, load);
@@ -257,7 +270,13 @@ fn vfio_driver(inventory: &Inventory, function: &Function) -> VfioDriver {
 }
 
 /// From the function's driver to `target`, such that the inverses in reverse order lead back.
-fn transition(inventory: &Inventory, function: &Function, target: &str) -> Vec<Step> {
+/// It is `shaped` while no driver has it, so that no driver of the host sees what is for a tenant.
+fn transition(
+    inventory: &Inventory,
+    function: &Function,
+    target: &str,
+    shaped: Vec<Step>,
+) -> Vec<Step> {
     let device = function.address;
     let mut steps = Vec::new();
     let mut before = function.driver_override.clone();
@@ -272,6 +291,7 @@ fn transition(inventory: &Inventory, function: &Function, target: &str) -> Vec<S
         }
         steps.push(Step::Unbind { device, driver: driver.clone() });
     }
+    steps.extend(shaped);
     let to = Some(target.to_owned());
     if before != to {
         steps.push(Step::SetOverride { device, from: before, to });

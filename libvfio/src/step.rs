@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::PciAddress;
 use crate::error::ErrorKind;
 use crate::host::HostRoot;
+use crate::shape::Shape;
 
 /// One change. What a dry run prints, what is executed, what the ledger records and, inverted,
 /// what undo and release run.
@@ -73,6 +74,15 @@ pub enum Step {
         from: u16,
         /// How many there shall be.
         to: u16,
+    },
+    /// Change a setting of a network card's virtual function.
+    Shape {
+        /// The virtual function.
+        device: PciAddress,
+        /// What it is.
+        from: Shape,
+        /// What it shall be.
+        to: Shape,
     },
     /// Ask VFIO whether the whole group may be given to a guest. Changes nothing.
     CheckViable {
@@ -169,6 +179,7 @@ impl StepError {
             (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
             (Step::LoadModule { .. }, _)
+            | (Step::Shape { .. }, Cause::Kernel { errno: Errno::EOPNOTSUPP })
             | (Step::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => ErrorKind::Unsupported,
             (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY }) => ErrorKind::Busy,
             _ => ErrorKind::Internal,
@@ -206,6 +217,7 @@ impl fmt::Display for Step {
             Self::SetVirtualFunctions { device, from, to } => {
                 write!(f, "make {to} virtual functions of {device} (were {from})")
             }
+            Self::Shape { device, from, to } => write!(f, "give {device} {to} (was {from})"),
             Self::CheckViable { group } => write!(f, "check that VFIO finds group {group} viable"),
         }
     }
@@ -217,7 +229,7 @@ fn or_none(name: Option<&String>) -> &str {
 
 impl Step {
     /// The words of all kinds of steps.
-    pub const KINDS: [&str; 9] = [
+    pub const KINDS: [&str; 10] = [
         "load-module",
         "unbind-lock",
         "unbind",
@@ -226,6 +238,7 @@ impl Step {
         "reset",
         "set-autoprobe",
         "set-virtual-functions",
+        "shape",
         "check-viable",
     ];
 
@@ -240,6 +253,7 @@ impl Step {
             Self::Reset { .. } => "reset",
             Self::SetAutoprobe { .. } => "set-autoprobe",
             Self::SetVirtualFunctions { .. } => "set-virtual-functions",
+            Self::Shape { .. } => "shape",
             Self::CheckViable { .. } => "check-viable",
         }
     }
@@ -253,6 +267,7 @@ impl Step {
             | Self::Bind { device, .. }
             | Self::SetAutoprobe { device, .. }
             | Self::SetVirtualFunctions { device, .. }
+            | Self::Shape { device, .. }
             | Self::Reset { device } => Some(*device),
             Self::LoadModule { .. } | Self::CheckViable { .. } => None,
         }
@@ -276,6 +291,9 @@ impl Step {
             }
             Self::SetVirtualFunctions { device, from, to } => {
                 Some(Self::SetVirtualFunctions { device: *device, from: *to, to: *from })
+            }
+            Self::Shape { device, from, to } => {
+                Some(Self::Shape { device: *device, from: to.clone(), to: from.clone() })
             }
             Self::LoadModule { .. }
             | Self::UnbindLock { .. }
@@ -321,6 +339,9 @@ impl Step {
             }
             (Self::SetVirtualFunctions { .. }, Cause::Kernel { errno: Errno::ENOENT }) => {
                 "its driver cannot make virtual functions; load the one that can".to_owned()
+            }
+            (Self::Shape { .. }, Cause::Kernel { errno: Errno::EOPNOTSUPP }) => {
+                "the driver of its physical function cannot do that; ask for less".to_owned()
             }
             (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()

@@ -122,6 +122,11 @@ pub enum FromGuest {
         /// How many bytes held what was asked for.
         matching: usize,
     },
+    /// Its network interfaces.
+    Interfaces {
+        /// The address of each.
+        addresses: Vec<String>,
+    },
     /// A command could not be carried out.
     Failed {
         /// Why.
@@ -143,6 +148,8 @@ pub enum ToGuest {
         /// The seed it was written with.
         seed: u64,
     },
+    /// Load the network driver and wait for an interface; answered by `Interfaces`.
+    Network,
     /// Power off.
     PowerOff,
 }

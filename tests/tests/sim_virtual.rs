@@ -214,3 +214,16 @@ fn those_that_others_make_are_picked_up_and_not_ours() {
     let failed = || broker.lease(&lease.id).unwrap().reason.unwrap_or_default();
     assert!(eventually(|| failed().contains("unplugged")), "{:?}", broker.leases());
 }
+
+#[test]
+fn network_settings_are_for_virtual_functions_with_an_interface_above() {
+    let (sim, _dir, broker) = start();
+    broker.set_virtual_functions(at(PF), 1, 0).unwrap();
+    let before = kernel(&sim);
+    let shape = libvfio::shape::Shape { vlan: Some(7), ..Default::default() };
+    let options = AttachOptions { vf_of: Some(PF.to_owned()), shape, ..AttachOptions::default() };
+    let refused = broker.attach(&[], "alice", &options, Asker::default()).unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Unsupported));
+    assert!(refused.to_string().contains("no network interface"), "{refused}");
+    assert_eq!(kernel(&sim), before);
+}

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{DeviceRecord, Failure, GroupRecord, PlanRecord};
@@ -26,6 +27,7 @@ use libvfio::inventory::Inventory;
 use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection::Use;
+use libvfio::shape::Shape;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::history::History;
@@ -116,6 +118,15 @@ struct Data {
     /// Leases that something has happened to, until it is clear what.
     judged: BTreeSet<String>,
 }
+
+/// What was found around a request, beside the inventory.
+struct Found {
+    uses: Vec<Use>,
+    shapes: BTreeMap<PciAddress, Shape>,
+}
+
+/// How long reading a virtual function's network settings may take.
+const SHAPING: Duration = Duration::from_secs(5);
 
 /// Somebody who waits for one answer. Work may go on after it was given.
 #[derive(Debug)]
@@ -273,15 +284,32 @@ impl Broker {
     /// What attaching would do, or why it would not.
     pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
         let request = self.request(names, options, &BTreeSet::new())?;
-        let uses = self.uses(&self.refresh_around(&request)?)?;
+        let found = self.look_around(&request)?;
         let data = self.data();
-        let planned = plan_within(&data, &request, uses);
+        let planned = plan_within(&data, &request, found);
         let mut groups: Vec<u32> =
             request.devices.iter().filter_map(|d| data.inventory.get(*d)?.iommu_group).collect();
         groups.sort_unstable();
         groups.dedup();
         let groups = groups.into_iter().filter_map(|number| group_record(&data, number)).collect();
         Ok(PlanRecord { groups, ..PlanRecord::new(&planned) })
+    }
+
+    /// Looks at all that a request would touch.
+    fn look_around(&self, request: &Request) -> Result<Found, Failure> {
+        let uses = self.uses(&self.refresh_around(request)?)?;
+        let mut shapes = BTreeMap::new();
+        if !request.shape.is_empty() {
+            for device in &request.devices {
+                let read = self.walker.means.workers.shape(*device, SHAPING);
+                let unread = |e| {
+                    let why = format!("cannot read the network settings of {device}: {e}");
+                    Failure::new(ErrorKind::Internal, why)
+                };
+                shapes.extend(read.map_err(unread)?.map(|shape| (*device, shape)));
+            }
+        }
+        Ok(Found { uses, shapes })
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
@@ -324,17 +352,24 @@ impl Broker {
         for name in names {
             devices.insert(inventory.resolve(name)?);
         }
+        if options.shape.mac.is_some() && devices.len() > 1 {
+            let why = "an address is for one virtual function; lease them one by one";
+            return Err(Failure::new(ErrorKind::InvalidArgument, why));
+        }
         Ok(Request {
             devices: devices.into_iter().collect(),
             whole_group: options.whole_group,
             adopt: options.adopt,
             allow_protected: options.allow_protected,
+            shape: options.shape.clone(),
         })
     }
 }
 
-fn plan_within(data: &Data, request: &Request, uses: Vec<Use>) -> Result<Plan, Refusal> {
-    plan::attach(&data.inventory, &circumstances(data, uses), request)
+fn plan_within(data: &Data, request: &Request, found: Found) -> Result<Plan, Refusal> {
+    let Found { uses, shapes } = found;
+    let circumstances = Circumstances { shapes, ..circumstances(data, uses) };
+    plan::attach(&data.inventory, &circumstances, request)
 }
 
 fn circumstances(data: &Data, uses: Vec<Use>) -> Circumstances {
@@ -348,7 +383,7 @@ fn circumstances(data: &Data, uses: Vec<Use>) -> Circumstances {
         (device, claim)
     };
     let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
-    Circumstances { claims, uses, quarantined: data.quarantined() }
+    Circumstances { claims, uses, quarantined: data.quarantined(), shapes: BTreeMap::new() }
 }
 
 fn claims_by_device(leases: &BTreeMap<String, Lease>) -> BTreeMap<PciAddress, &Lease> {

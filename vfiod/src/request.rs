@@ -1,9 +1,11 @@
 //! What callers may say: names, tenants and options. Plain checks; touches nothing.
 
 use std::collections::HashMap;
+use std::str::FromStr;
 
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
+use libvfio::shape::{InvalidSetting, Shape};
 use zbus::wire::OwnedVariant;
 
 /// Longest name of a tenant, a virtual machine or a device, in bytes.
@@ -28,6 +30,8 @@ pub struct AttachOptions {
     pub whole_group: bool,
     /// Accept devices somebody else has put on VFIO.
     pub adopt: bool,
+    /// Network settings of the virtual functions, for the time of the lease.
+    pub shape: Shape,
     /// Choose free virtual functions of this physical one.
     pub vf_of: Option<String>,
     /// How many; one if not given.
@@ -141,6 +145,12 @@ impl AttachOptions {
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
                 "allow_protected" => options.allow_protected = flag(key, value)?,
+                "mac" => options.shape.mac = Some(setting(&text(key, value)?)?),
+                "vlan" => options.shape.vlan = Some(vlan(number(key, value)?)?),
+                "spoof_check" => options.shape.spoof_check = Some(flag(key, value)?),
+                "trust" => options.shape.trust = Some(flag(key, value)?),
+                "link" => options.shape.link = Some(setting(&text(key, value)?)?),
+                "max_rate" => options.shape.max_rate = Some(number(key, value)?),
                 "vf_of" => options.vf_of = Some(text(key, value)?),
                 "count" => options.count = Some(number(key, value)?),
                 "pid" => options.pid = Some(number(key, value)?),
@@ -230,6 +240,15 @@ fn flag(key: &str, value: &OwnedVariant) -> Result<bool, Failure> {
 fn number(key: &str, value: &OwnedVariant) -> Result<u32, Failure> {
     u32::try_from(value.try_clone().map_err(|_| wrong(key, "a number of type u"))?)
         .map_err(|_| wrong(key, "a number of type u"))
+}
+
+fn setting<T: FromStr<Err = InvalidSetting>>(text: &str) -> Result<T, Failure> {
+    text.parse().map_err(|e: InvalidSetting| invalid(e.to_string()))
+}
+
+fn vlan(number: u32) -> Result<u16, Failure> {
+    let known = u16::try_from(number).ok().filter(|vlan| *vlan < 4095);
+    known.ok_or_else(|| invalid(format!("{number} is no VLAN; give 1 to 4094, or 0 for none")))
 }
 
 fn text(key: &str, value: &OwnedVariant) -> Result<String, Failure> {

@@ -8,6 +8,7 @@ use crate::address::PciAddress;
 use crate::error::Error;
 use crate::host::{HostRoot, LOAD_MODULE};
 use crate::pci::{Binding, Function};
+use crate::shape::{self, Shape};
 use crate::vfio;
 
 type Done = Result<Outcome, Cause>;
@@ -27,6 +28,7 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
         Step::SetVirtualFunctions { device, from, to } => {
             set_virtual_functions(host, *device, *from, *to)
         }
+        Step::Shape { device, from, to } => set_shape(host, *device, from, to),
         Step::CheckViable { group } => check_viable(host, *group),
     }
 }
@@ -189,6 +191,27 @@ fn set_virtual_functions(host: &HostRoot, device: PciAddress, from: u16, to: u16
         dir.write("sriov_numvfs", &from).map_err(|e| Cause::kernel(&e))?;
     }
     read_back(Some(&to), found.as_deref())
+}
+
+fn set_shape(host: &HostRoot, device: PciAddress, from: &Shape, to: &Shape) -> Done {
+    let read = || {
+        let now = shape::read(host, device).map_err(|e| Cause::kernel(&e))?;
+        let gone = || changed(Some("a network card's virtual function"), None);
+        Ok::<_, Cause>(now.ok_or_else(gone)?.only(to))
+    };
+    let now = read()?;
+    if now == *to {
+        return Ok(Outcome::AlreadySo);
+    }
+    if now != *from {
+        return Err(changed(Some(&from.to_string()), Some(&now.to_string())));
+    }
+    shape::write(host, device, to).map_err(|e| Cause::kernel(&e))?;
+    let found = read()?;
+    if found == *to {
+        return Ok(Outcome::Done);
+    }
+    Err(Cause::ReadBack { wanted: to.to_string(), found: found.to_string() })
 }
 
 fn check_viable(host: &HostRoot, group: u32) -> Done {

@@ -5,8 +5,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -47,6 +49,7 @@ fn serve() -> Result<()> {
                 write_pattern(memory, seed);
                 matching_bytes(memory, seed)
             }),
+            ToGuest::Network => interfaces(),
             ToGuest::ReadVideo { seed } => {
                 with_video(video.as_deref(), |memory| matching_bytes(memory, seed))
             }
@@ -61,6 +64,31 @@ fn send(link: &mut File, message: &FromGuest) -> Result<()> {
     let mut text = serde_json::to_vec(message)?;
     text.push(b'\n');
     Ok(link.write_all(&text)?)
+}
+
+/// The driver of the lab's virtual network functions, if the guest was given it.
+const NETWORK_DRIVER: &str = "/igbvf.ko";
+/// How long it may take to find an interface.
+const NETWORK_LIMIT: Duration = Duration::from_secs(30);
+
+/// Loads the network driver; the addresses of all interfaces once there is one.
+fn interfaces() -> Result<FromGuest> {
+    let module = File::open(NETWORK_DRIVER).context(NETWORK_DRIVER)?;
+    finit_module(&module, c"", ModuleInitFlags::empty()).context("loading the driver")?;
+    let start = Instant::now();
+    loop {
+        let addresses: Vec<String> = fs::read_dir("/sys/class/net")?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|interface| !interface.ends_with("lo"))
+            .filter_map(|interface| fs::read_to_string(interface.join("address")).ok())
+            .map(|address| address.trim().to_owned())
+            .collect();
+        if !addresses.is_empty() {
+            return Ok(FromGuest::Interfaces { addresses });
+        }
+        ensure!(start.elapsed() < NETWORK_LIMIT, "the driver found no interface");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// All PCI functions, and the directory of the one with video memory.

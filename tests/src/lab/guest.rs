@@ -89,6 +89,15 @@ impl Guest {
         Ok(self.video(ToGuest::ReadVideo { seed })?.1)
     }
 
+    /// Has the guest load its network driver; the addresses of its interfaces.
+    pub fn network(&mut self) -> Result<Vec<String>> {
+        self.send(ToGuest::Network)?;
+        match self.receive(ANSWER_LIMIT)? {
+            FromGuest::Interfaces { addresses } => Ok(addresses),
+            other => bail!("it has no network: {other:?}"),
+        }
+    }
+
     /// Asks the guest to power off and waits until its QEMU has ended.
     pub fn power_off(mut self) -> Result<()> {
         self.send(ToGuest::PowerOff)?;
@@ -134,13 +143,15 @@ impl Drop for Guest {
     }
 }
 
-/// KVM, and the initial file system that is nothing but the guest's init.
+/// KVM, and the initial file system: the guest's init and the driver of the lab's virtual network
+/// functions.
 fn prepare() -> Result<()> {
     command::run(["modprobe", "kvm_amd"])?.success()?;
     if !Path::new(INITRD).exists() {
         let pack = format!(
             "mkdir -p /run/lab-guest && cp {PAYLOAD}/guest-init /run/lab-guest/init && \
-             cd /run/lab-guest && echo init | cpio --quiet -o -H newc > {INITRD}"
+             cp \"$(modinfo --field filename igbvf)\" /run/lab-guest/igbvf.ko && \
+             cd /run/lab-guest && ls | cpio --quiet -o -H newc > {INITRD}"
         );
         command::run(["sh", "-c", &pack])?.success()?;
     }

@@ -59,7 +59,8 @@ impl Broker {
                     let refused = refusal.reasons().iter().map(|reason| reason.object.parse());
                     let refused: BTreeSet<PciAddress> = refused.filter_map(Result::ok).collect();
                     let chosen = request.devices.iter().any(|device| refused.contains(device));
-                    if options.vf_of.is_none() || !chosen {
+                    let for_all = refusal.kind() == ErrorKind::Unsupported;
+                    if options.vf_of.is_none() || !chosen || for_all {
                         return Err(refusal.into());
                     }
                     barred.extend(refused);
@@ -75,9 +76,9 @@ impl Broker {
         request: &Request,
         wanted: &Wanted<'_>,
     ) -> Result<Result<Lease, Refusal>, Failure> {
-        let uses = self.uses(&self.refresh_around(request)?)?;
+        let found = self.look_around(request)?;
         let mut data = self.data();
-        let plan = match plan_within(&data, request, uses) {
+        let plan = match plan_within(&data, request, found) {
             Ok(plan) => plan,
             Err(refusal) => return Ok(Err(refusal)),
         };

@@ -13,7 +13,7 @@ use libvfio::step::Step;
 ///
 /// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
 /// `drivers/pci/iov.c`), and a card may have hundreds.
-const DEFAULTS: [(&str, u64); 9] = [
+const DEFAULTS: [(&str, u64); 10] = [
     ("load-module", 60),
     ("unbind-lock", 10),
     ("unbind", 70),
@@ -22,6 +22,7 @@ const DEFAULTS: [(&str, u64); 9] = [
     ("reset", 70),
     ("set-autoprobe", 10),
     ("set-virtual-functions", 300),
+    ("shape", 20),
     ("check-viable", 70),
 ];
 

@@ -17,6 +17,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use libvfio::address::PciAddress;
+use libvfio::shape::Shape;
 use libvfio::step::{Outcome, Step, StepError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -43,6 +45,8 @@ enum Request {
     Step(Step),
     /// Read an attribute.
     Read(PathBuf),
+    /// Read the network settings of a virtual function.
+    Shape(PciAddress),
 }
 
 /// What came of a step.
@@ -85,6 +89,24 @@ impl Workers {
 
     fn read(self: &Arc<Self>, attribute: &Path) -> io::Result<Call> {
         self.ask(&Request::Read(attribute.to_owned()), &[])
+    }
+
+    /// Reads the network settings of a virtual function, for `limit` at most. The kernel holds the
+    /// lock of all network interfaces meanwhile, and a driver that hangs may hold it for ever.
+    pub fn shape(
+        self: &Arc<Self>,
+        device: PciAddress,
+        limit: Duration,
+    ) -> io::Result<Option<Shape>> {
+        let call = self.ask(&Request::Shape(device), &[])?;
+        match call.answer::<Result<Option<Shape>, i32>>(Some(limit))? {
+            Ok(read) => read.map_err(io::Error::from_raw_os_error),
+            Err(call) => {
+                // Kept until it is answered, if it ever is.
+                std::thread::spawn(move || call.answer::<serde_json::Value>(None).map(drop));
+                Err(io::ErrorKind::TimedOut.into())
+            }
+        }
     }
 
     fn ask(self: &Arc<Self>, request: &Request, descriptors: &[i32]) -> io::Result<Call> {

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use libvfio::host::{HostRoot, read_page};
+use libvfio::shape;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::prctl;
@@ -24,6 +25,10 @@ pub fn serve(root: &Path) -> io::Result<()> {
     while let Some((request, lock)) = receive(&socket)? {
         let answer = match request {
             Request::Step(step) => serde_json::to_vec(&step.execute(&host))?,
+            Request::Shape(device) => {
+                let read = shape::read(&host, device);
+                serde_json::to_vec(&read.map_err(|e| e.raw_os_error().unwrap_or_default()))?
+            }
             Request::Read(attribute) => {
                 let read = read_page(&attribute);
                 serde_json::to_vec(&read.map_err(|e| e.raw_os_error().unwrap_or_default()))?

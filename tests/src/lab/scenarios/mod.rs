@@ -39,6 +39,7 @@ const SCENARIOS: &[(&str, &str, Scenario)] = &[
     ("host", "what journal, systemd and the readiness check see", life::host),
     ("hotplug", "devices go and come, leased and not", life::hotplug),
     ("virtual-functions", "made, leased and taken away", virtual_functions::number),
+    ("shape", "a tenant's own address and VLAN, for its time", virtual_functions::shape),
     ("owners", "leases end with their process or connection", survival::owners),
     ("drift", "others change what a lease holds", survival::drift),
     ("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),

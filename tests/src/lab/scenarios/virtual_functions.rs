@@ -61,6 +61,59 @@ pub(super) fn number(lab: &mut Lab) -> Result<()> {
     lab.step("released, all were taken away; more than the card has are refused")
 }
 
+/// What a tenant is given for its time: an address, a VLAN, no spoof check. Then it is as before.
+pub(super) fn shape(lab: &mut Lab) -> Result<()> {
+    const MAC: &str = "52:54:00:12:34:56";
+    let made = set(NIC.address, 2)?;
+    let before = settings()?;
+    let attach = ["attach", &made[0], "--tenant", "tenant-a", "--mac", MAC, "--vlan", "7"];
+    let attach: Vec<&str> = attach.into_iter().chain(["--spoof-check", "off"]).collect();
+    let plan = vfioctl(attach.iter().copied().chain(["--dry-run"]))?.success()?;
+    for word in [MAC, "VLAN 7", "spoof check off"] {
+        ensure!(plan.contains(word), "the dry run does not say {word}:\n{plan}");
+    }
+    ensure!(settings()? == before, "a dry run changed something");
+    vfioctl(attach)?.success()?;
+    let shaped = settings()?;
+    for word in [MAC, "vlan 7", "spoof checking off"] {
+        ensure!(shaped[0].contains(word), "ip does not say {word}: {}", shaped[0]);
+    }
+    ensure!(shaped[1] == before[1], "the other virtual function changed: {}", shaped[1]);
+    lab.step(format!("ip says of it what was asked for: {}", shaped[0].trim()))?;
+
+    let mut guest = Guest::start([made[0].as_str()])?;
+    let seen = guest.network()?;
+    ensure!(seen == [MAC], "the guest has {seen:?}");
+    lab.step("the guest's interface has that address")?;
+    guest.power_off()?;
+    vfioctl(["release", &made[0]])?.success()?;
+    ensure!(settings()? == before, "they are {:?}, were {before:?}", settings()?);
+    lab.step("released, nothing of it is left")?;
+
+    set(NVME.address, 1)?;
+    let disk = sysfs::virtual_function(NVME.address, 0)?;
+    let ran = vfioctl(["attach", &disk, "--tenant", "tenant-a", "--vlan", "7"])?;
+    refused(&ran, 14, &[&disk, "no network interface"])?;
+    let ran = vfioctl(["attach", &made[0], "--tenant", "tenant-a", "--vlan", "4095"])?;
+    refused(&ran, 2, &["VLAN", "4094"])?;
+    let ran = vfioctl(["attach", &made[0], "--tenant", "tenant-a", "--mac", "01:00:5e:00:00:01"])?;
+    refused(&ran, 2, &["52:54:00"])?;
+    for physical in [NIC, NVME] {
+        set(physical.address, 0)?;
+    }
+    lab.step("what is no network function, and what is no address or VLAN, is refused")
+}
+
+/// What `ip` says of each virtual function of the network card, a line each.
+fn settings() -> Result<Vec<String>> {
+    let net = sysfs::path(NIC.address, "net");
+    let interface = std::fs::read_dir(net)?.next().context("no interface")??.file_name();
+    let interface = interface.to_string_lossy().into_owned();
+    let shown = command::run(["ip", "link", "show", "dev", &interface])?.success()?;
+    let of_virtual = |line: &&str| line.trim().starts_with("vf ");
+    Ok(shown.lines().filter(of_virtual).map(str::to_owned).collect())
+}
+
 /// Has the product set a number; the addresses it answers.
 fn set(physical: &str, count: u16) -> Result<Vec<String>> {
     let made = vfioctl_json(["vf", "set", physical, &count.to_string()])?;

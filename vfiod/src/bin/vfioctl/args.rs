@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use libvfio::error::ErrorKind;
 use libvfio::pci::class::ClassAlias;
+use libvfio::shape::Link;
 
 use crate::trouble::UNAVAILABLE;
 
@@ -180,6 +181,24 @@ pub(crate) struct AttachArgs {
     /// Accept devices that somebody else has put on a VFIO driver, and leave them there after
     #[arg(long)]
     pub(crate) adopt: bool,
+    /// Network address of the virtual function, for the time of the lease
+    #[arg(long, value_name = "MAC")]
+    pub(crate) mac: Option<String>,
+    /// VLAN of the virtual functions: 1 to 4094, or 0 for none
+    #[arg(long, value_name = "VLAN")]
+    pub(crate) vlan: Option<u32>,
+    /// Whether packets from addresses that are not the virtual function's are dropped
+    #[arg(long, value_name = "ON|OFF", value_parser = on_off())]
+    pub(crate) spoof_check: Option<bool>,
+    /// Whether the guest may do what only trusted ones may, such as promiscuous mode
+    #[arg(long, value_name = "ON|OFF", value_parser = on_off())]
+    pub(crate) trust: Option<bool>,
+    /// Link of the virtual functions: auto, up or down
+    #[arg(long, value_name = "LINK", value_parser = PossibleValuesParser::new(Link::NAMES))]
+    pub(crate) link: Option<String>,
+    /// The most each virtual function may send, in Mbit/s; 0 for no limit
+    #[arg(long, value_name = "MBIT")]
+    pub(crate) max_rate: Option<u32>,
     /// End the lease when this process ends, however it does
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<u32>,
@@ -288,6 +307,10 @@ pub(crate) enum Generated {
 fn classes() -> impl TypedValueParser<Value = ClassAlias> {
     PossibleValuesParser::new(ClassAlias::ALL.map(ClassAlias::name))
         .try_map(|name| name.parse::<ClassAlias>())
+}
+
+fn on_off() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["on", "off"]).map(|word| word == "on")
 }
 
 fn footer() -> String {

@@ -78,6 +78,15 @@ fn options(args: &AttachArgs) -> Options<'_> {
         options.insert("vf_of", physical.as_str().into());
         options.insert("count", args.count.into());
     }
+    for (name, given) in [("mac", &args.mac), ("link", &args.link)] {
+        options.extend(given.as_deref().map(|given| (name, given.into())));
+    }
+    for (name, given) in [("vlan", args.vlan), ("max_rate", args.max_rate)] {
+        options.extend(given.map(|given| (name, given.into())));
+    }
+    for (name, given) in [("spoof_check", args.spoof_check), ("trust", args.trust)] {
+        options.extend(given.map(|given| (name, given.into())));
+    }
     if let Some(pid) = args.pid {
         options.insert("pid", pid.into());
     }
@@ -141,12 +150,20 @@ mod tests {
             adopt: false,
             vf_of: None,
             count: 1,
+            mac: None,
+            vlan: Some(12),
+            spoof_check: None,
+            trust: Some(false),
+            link: None,
+            max_rate: None,
             pid: Some(7),
             allow_protected: false,
             dry_run: false,
         };
         let options = options(&args);
-        assert_eq!(options.len(), 3);
+        assert_eq!(options.len(), 5);
+        assert_eq!(options["vlan"], 12u32.into());
+        assert_eq!(options["trust"], false.into());
         assert_eq!(options["pid"], 7u32.into());
         assert_eq!(options["vm"], "web".into());
         assert_eq!(options["whole_group"], true.into());
