@@ -3,6 +3,7 @@
 //! they block: the service calls them from threads that may. Steps are walked on threads of their
 //! own, one for each lease that moves, so that nobody waits for another's device.
 
+mod considering;
 mod ending;
 mod holding;
 mod lagging;
@@ -101,6 +102,10 @@ pub struct Broker {
     data: Mutex<Data>,
     /// A lease has come to its end.
     ended: Condvar,
+    /// Functions of the groups that somebody is being considered for.
+    considered: Mutex<BTreeSet<PciAddress>>,
+    /// One of those was decided on.
+    decided: Condvar,
     /// Counts looks at functions, so that of two at the same time the later one counts.
     looks: AtomicU64,
 }
@@ -165,6 +170,8 @@ impl Broker {
             changes,
             data: Mutex::new(data),
             ended: Condvar::new(),
+            considered: Mutex::default(),
+            decided: Condvar::new(),
             looks: AtomicU64::new(1),
         };
         broker.note_aside(&found.aside);

@@ -9,7 +9,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::pci::Identity;
-use libvfio::plan::Plan;
+use libvfio::plan::{Plan, Refusal, Request};
 use libvfio::step::Step;
 use tracing::{error, info, warn};
 
@@ -41,6 +41,8 @@ impl Broker {
     ) -> Result<Lease, Failure> {
         let request = self.request(names, options)?;
         let (owner, bound) = bound(options, asker.connection)?;
+        let considering = self.consider(&request);
+        self.refuse_leased(&request)?;
         let uses = self.uses(&self.refresh_around(&request)?)?;
         let lease = {
             let mut data = self.data();
@@ -55,7 +57,17 @@ impl Broker {
             data.leases.insert(lease.id.clone(), lease.clone());
             lease
         };
+        drop(considering);
         self.apart(move |broker, reply| broker.prepare(lease, owner, reply))
+    }
+
+    /// Refuses what another lease has, which is known without a look at the host: of many who want
+    /// one device, only those have it read who may get it.
+    fn refuse_leased(&self, request: &Request) -> Result<(), Refusal> {
+        match plan_within(&self.data(), request, Vec::new()) {
+            Err(refusal) if refusal.kind() == ErrorKind::AlreadyLeased => Err(refusal),
+            _ => Ok(()),
+        }
     }
 
     /// Walks a new lease's way to the guest, or all the way back.
