@@ -7,6 +7,7 @@ mod group;
 mod lease;
 mod manager;
 mod publisher;
+mod questions;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use nix::unistd::geteuid;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use zbus::connection::Builder;
 use zbus::fdo::ObjectManager;
+use zbus::message::Header;
 
 use crate::authority::Authority;
 use crate::broker::{Broker, Change};
@@ -25,6 +27,7 @@ use device::DeviceObject;
 use group::GroupObject;
 use lease::LeaseObject;
 use manager::ManagerObject;
+use questions::Questions;
 
 /// The daemon's objects on a connection.
 #[derive(Debug)]
@@ -54,7 +57,8 @@ impl Service {
         let owner = broker.simulated().map_or(0, |_| geteuid().as_raw());
         let authority = Arc::new(Authority::new(connection.clone(), owner));
         let connections = Connections::new(connection.clone(), broker.clone());
-        let caller = Caller { broker: broker.clone(), authority, connections, changes };
+        let questions = Arc::new(Questions::default());
+        let caller = Caller { broker: broker.clone(), authority, connections, questions, changes };
         let server = connection.object_server();
         for lease in broker.leases() {
             let object = LeaseObject::new(caller.clone(), lease.id.clone());
@@ -80,16 +84,27 @@ impl Service {
     }
 }
 
-/// What an object needs to answer a call that changes something.
+/// What an object needs to answer a call that takes a while.
 #[derive(Debug, Clone)]
 struct Caller {
     broker: Arc<Broker>,
     authority: Arc<Authority>,
     connections: Arc<Connections>,
+    questions: Arc<Questions>,
     changes: UnboundedSender<Change>,
 }
 
 impl Caller {
+    /// As [`run`](Self::run), for what anyone may ask, in its turn.
+    async fn ask<T: Send + 'static>(
+        &self,
+        header: &Header<'_>,
+        work: impl FnOnce(&Arc<Broker>) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let _turn = self.questions.turn(header).await;
+        self.run(work).await
+    }
+
     /// Runs `work` where it may block, then waits until all it changed has been told, so that a
     /// caller finds the objects its reply names.
     async fn run<T: Send + 'static>(
