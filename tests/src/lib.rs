@@ -12,6 +12,9 @@ pub mod binaries;
 pub mod lab;
 
 #[cfg(feature = "sim")]
+pub mod session;
+
+#[cfg(feature = "sim")]
 pub mod sim;
 
 #[cfg(feature = "trial")]
