@@ -11,7 +11,7 @@ use crate::error::ErrorKind;
 use crate::inventory::{DriverSource, Inventory};
 use crate::iommu::Isolation;
 use crate::modalias;
-use crate::pci::{Binding, Function, Sriov};
+use crate::pci::{Binding, Function};
 use crate::protection::Use;
 use crate::step::Step;
 
@@ -215,7 +215,7 @@ fn steps(inventory: &Inventory, members: &Members<'_>) -> Plan {
         if driver.source != DriverSource::Registered && !modules.contains(&driver.module) {
             modules.push(driver.module.clone());
         }
-        plan.steps.extend(transition(inventory, function, &driver.name));
+        plan.steps.extend(transition(function, &driver.name));
     }
     let load = modules.into_iter().map(|module| Step::LoadModule { module });
     plan.steps.splice(0..0, load);
@@ -252,12 +252,15 @@ fn vfio_driver(inventory: &Inventory, function: &Function) -> VfioDriver {
 }
 
 /// From the function's driver to `target`, such that the inverses in reverse order lead back.
-fn transition(inventory: &Inventory, function: &Function, target: &str) -> Vec<Step> {
+fn transition(function: &Function, target: &str) -> Vec<Step> {
     let device = function.address;
     let mut steps = Vec::new();
     let mut before = function.driver_override.clone();
     if let Some(driver) = &function.driver {
-        if before.is_none() && vf_needs_override(inventory, function) {
+        // A VF whose PF has autoprobe off is refused by every driver unless an override names it
+        // (`pci_device_can_probe`, `drivers/pci/pci-driver.c`). It may be off by the time the VF
+        // goes back, so that way has an override for a moment, whatever it is now.
+        if before.is_none() && function.physical().is_some() {
             let to = Some(driver.clone());
             steps.push(Step::SetOverride { device, from: before, to: to.clone() });
             before = to;
@@ -273,13 +276,6 @@ fn transition(inventory: &Inventory, function: &Function, target: &str) -> Vec<S
     }
     steps.push(Step::Bind { device, driver: target.to_owned() });
     steps
-}
-
-/// A VF whose PF has autoprobe off is refused by every driver unless an override names it
-/// (`pci_device_can_probe`, `drivers/pci/pci-driver.c`), so its way back needs one for a moment.
-fn vf_needs_override(inventory: &Inventory, function: &Function) -> bool {
-    let physical = function.physical().and_then(|address| inventory.get(address));
-    physical.is_some_and(|pf| matches!(pf.sriov, Sriov::Physical { autoprobe: false, .. }))
 }
 
 fn warnings(isolation: Isolation) -> Option<String> {
