@@ -28,11 +28,12 @@ const FLOOD: usize = 4000;
 const DISCONNECTS: usize = 100;
 /// The longest text of an error that is still for a person.
 const LONGEST_TEXT: usize = 4096;
-/// What may be more after a second run than after a first, in KiB; and descriptors.
-const MEMORY: usize = 8 << 10;
+/// What may be more after a second run than after a first, in KiB: what the allocator keeps of the
+/// largest messages grows for some runs, to some 50 MiB in all. And descriptors.
+const MEMORY: usize = 20 << 10;
 const DESCRIPTORS: usize = 16;
-/// How long somebody else may wait for an answer meanwhile.
-const SLOWEST: Duration = Duration::from_secs(5);
+/// How long somebody else may wait for an answer meanwhile, whatever the build and the machine.
+const SLOWEST: Duration = LONG;
 
 /// Something to call.
 #[derive(Debug, Clone)]
