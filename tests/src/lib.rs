@@ -8,6 +8,8 @@ pub mod seeds;
 
 #[cfg(feature = "sim")]
 pub mod binaries;
+#[cfg(any(feature = "lab", feature = "sim"))]
+pub mod conformance;
 #[cfg(feature = "lab")]
 pub mod lab;
 
