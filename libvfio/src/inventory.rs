@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::address::PciAddress;
 use crate::error::Error;
-use crate::host::HostRoot;
+use crate::host::{HostRoot, plain};
 use crate::ids::{self, Names};
 use crate::iommu::{Group, Isolation, Platform, Sharing};
 use crate::pci::class::{self, ClassAlias};
@@ -207,7 +207,8 @@ impl Inventory {
         } else if let Ok(alias) = name.parse::<ClassAlias>() {
             Box::new(move |f| f.ids.class.is_some_and(|class| alias.matches(class)))
         } else {
-            let name: String = name.chars().take(64).collect();
+            // Whoever reads the error need not be who made the name up.
+            let name = plain(&name.chars().take(64).collect::<String>());
             return Err(Error::BadName { nearest: self.nearest(&name), name });
         };
         let found: Vec<&Function> =

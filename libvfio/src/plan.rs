@@ -15,7 +15,7 @@ use crate::error::ErrorKind;
 use crate::inventory::{DriverSource, Inventory};
 use crate::iommu::Isolation;
 use crate::modalias;
-use crate::pci::{Binding, Function, Sriov};
+use crate::pci::{Binding, Function};
 use crate::protection::Use;
 use crate::shape::Shape;
 use crate::step::Step;
@@ -233,7 +233,7 @@ fn steps(
         if driver.source != DriverSource::Registered && !modules.contains(&driver.module) {
             modules.push(driver.module.clone());
         }
-        plan.steps.extend(transition(inventory, function, &driver.name, shaped(function)));
+        plan.steps.extend(transition(function, &driver.name, shaped(function)));
     }
     let load = modules.into_iter().map(|module| Step::LoadModule { module });
     plan.steps.splice(0..0, load);
@@ -271,17 +271,15 @@ fn vfio_driver(inventory: &Inventory, function: &Function) -> VfioDriver {
 
 /// From the function's driver to `target`, such that the inverses in reverse order lead back.
 /// It is `shaped` while no driver has it, so that no driver of the host sees what is for a tenant.
-fn transition(
-    inventory: &Inventory,
-    function: &Function,
-    target: &str,
-    shaped: Vec<Step>,
-) -> Vec<Step> {
+fn transition(function: &Function, target: &str, shaped: Vec<Step>) -> Vec<Step> {
     let device = function.address;
     let mut steps = Vec::new();
     let mut before = function.driver_override.clone();
     if let Some(driver) = &function.driver {
-        if before.is_none() && vf_needs_override(inventory, function) {
+        // A VF whose PF has autoprobe off is refused by every driver unless an override names it
+        // (`pci_device_can_probe`, `drivers/pci/pci-driver.c`). It may be off by the time the VF
+        // goes back, so that way has an override for a moment, whatever it is now.
+        if before.is_none() && function.physical().is_some() {
             let to = Some(driver.clone());
             steps.push(Step::SetOverride { device, from: before, to: to.clone() });
             before = to;
@@ -298,13 +296,6 @@ fn transition(
     }
     steps.push(Step::Bind { device, driver: target.to_owned() });
     steps
-}
-
-/// A VF whose PF has autoprobe off is refused by every driver unless an override names it
-/// (`pci_device_can_probe`, `drivers/pci/pci-driver.c`), so its way back needs one for a moment.
-fn vf_needs_override(inventory: &Inventory, function: &Function) -> bool {
-    let physical = function.physical().and_then(|address| inventory.get(address));
-    physical.is_some_and(|pf| matches!(pf.sriov, Sriov::Physical { autoprobe: false, .. }))
 }
 
 fn warnings(isolation: Isolation) -> Option<String> {

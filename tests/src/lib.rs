@@ -8,8 +8,13 @@ pub mod seeds;
 
 #[cfg(feature = "sim")]
 pub mod binaries;
+#[cfg(any(feature = "lab", feature = "sim"))]
+pub mod conformance;
 #[cfg(feature = "lab")]
 pub mod lab;
+
+#[cfg(feature = "sim")]
+pub mod session;
 
 #[cfg(feature = "sim")]
 pub mod sim;

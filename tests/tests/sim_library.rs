@@ -201,20 +201,24 @@ fn a_gpu_goes_to_a_guest_and_comes_back() {
 }
 
 #[test]
-fn a_vf_gets_its_variant_driver_and_comes_back_without_autoprobe() {
-    let sim = mount(HGX8);
-    write(&device(&sim, "14:00.0").join("sriov_drivers_autoprobe"), "0").unwrap();
-    let before = bindings(&sim);
-    let plan = attach(&sim, &["14:00.1"]);
-    for step in &plan.steps {
-        step.execute(&sim.host()).unwrap();
+fn a_vf_gets_its_variant_driver_and_comes_back_whenever_autoprobe_was_turned_off() {
+    for (there, back) in [("0", "0"), ("1", "0"), ("0", "1")] {
+        let sim = mount(HGX8);
+        let autoprobe = device(&sim, "14:00.0").join("sriov_drivers_autoprobe");
+        write(&autoprobe, there).unwrap();
+        let before = bindings(&sim);
+        let plan = attach(&sim, &["14:00.1"]);
+        for step in &plan.steps {
+            step.execute(&sim.host()).unwrap();
+        }
+        let driver = Binding::read(&sim.host(), at("14:00.1")).unwrap().driver;
+        assert_eq!(driver.as_deref(), Some("mlx5_vfio_pci"));
+        write(&autoprobe, back).unwrap();
+        for step in plan::undo(plan.steps.iter()) {
+            step.execute(&sim.host()).unwrap();
+        }
+        assert_eq!(bindings(&sim), before);
     }
-    let driver = Binding::read(&sim.host(), at("14:00.1")).unwrap().driver;
-    assert_eq!(driver.as_deref(), Some("mlx5_vfio_pci"));
-    for step in plan::undo(plan.steps.iter()) {
-        step.execute(&sim.host()).unwrap();
-    }
-    assert_eq!(bindings(&sim), before);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! they block: the service calls them from threads that may. Steps are walked on threads of their
 //! own, one for each lease that moves, so that nobody waits for another's device.
 
+mod considering;
 mod ending;
 mod holding;
 mod lagging;
@@ -104,6 +105,10 @@ pub struct Broker {
     data: Mutex<Data>,
     /// A lease has come to its end.
     ended: Condvar,
+    /// Functions of the groups that somebody is being considered for.
+    considered: Mutex<BTreeSet<PciAddress>>,
+    /// One of those was decided on.
+    decided: Condvar,
     /// Counts looks at functions, so that of two at the same time the later one counts.
     looks: AtomicU64,
 }
@@ -120,7 +125,8 @@ struct Data {
 }
 
 /// What was found around a request, beside the inventory.
-struct Found {
+#[derive(Default)]
+struct Around {
     uses: Vec<Use>,
     shapes: BTreeMap<PciAddress, Shape>,
 }
@@ -177,6 +183,8 @@ impl Broker {
             changes,
             data: Mutex::new(data),
             ended: Condvar::new(),
+            considered: Mutex::default(),
+            decided: Condvar::new(),
             looks: AtomicU64::new(1),
         };
         broker.note_aside(&found.aside);
@@ -296,7 +304,7 @@ impl Broker {
     }
 
     /// Looks at all that a request would touch.
-    fn look_around(&self, request: &Request) -> Result<Found, Failure> {
+    fn look_around(&self, request: &Request) -> Result<Around, Failure> {
         let uses = self.uses(&self.refresh_around(request)?)?;
         let mut shapes = BTreeMap::new();
         if !request.shape.is_empty() {
@@ -309,7 +317,7 @@ impl Broker {
                 shapes.extend(read.map_err(unread)?.map(|shape| (*device, shape)));
             }
         }
-        Ok(Found { uses, shapes })
+        Ok(Around { uses, shapes })
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
@@ -366,8 +374,8 @@ impl Broker {
     }
 }
 
-fn plan_within(data: &Data, request: &Request, found: Found) -> Result<Plan, Refusal> {
-    let Found { uses, shapes } = found;
+fn plan_within(data: &Data, request: &Request, found: Around) -> Result<Plan, Refusal> {
+    let Around { uses, shapes } = found;
     let circumstances = Circumstances { shapes, ..circumstances(data, uses) };
     plan::attach(&data.inventory, &circumstances, request)
 }

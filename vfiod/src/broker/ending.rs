@@ -229,6 +229,8 @@ impl Broker {
         let reasons: Vec<&str> = lease.failure.as_deref().into_iter().chain(reason).collect();
         lease.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
         let ended = failures.is_empty() && lease.failure.is_none();
+        // First: whoever attaches next plans by how its devices are now, not by a look half way.
+        self.refresh(lease.devices.keys().copied());
         let state = if ended { "released" } else { State::Failed.name() };
         if ended {
             if let Err(error) = self.walker.ledger.remove(&lease.id) {
@@ -242,7 +244,6 @@ impl Broker {
             }
             self.data().leases.insert(lease.id.clone(), lease.clone());
         }
-        self.refresh(lease.devices.keys().copied());
         // A task that went well was never told of.
         if lease.task.is_none() || state != "released" {
             let reason = lease.reason.clone();

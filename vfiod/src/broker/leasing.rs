@@ -13,7 +13,7 @@ use libvfio::plan::{Plan, Refusal, Request};
 use libvfio::step::Step;
 use tracing::{error, info, warn};
 
-use super::{Broker, Change, Data, Property, Reply, internal, plan_within};
+use super::{Around, Broker, Change, Data, Property, Reply, internal, plan_within};
 use crate::history::{self, Event};
 use crate::lease::{Bound, Found, Lease, Recorded, State};
 use crate::owner::Process;
@@ -76,6 +76,10 @@ impl Broker {
         request: &Request,
         wanted: &Wanted<'_>,
     ) -> Result<Result<Lease, Refusal>, Failure> {
+        let _considering = self.consider(request);
+        if let Err(refusal) = self.refuse_leased(request) {
+            return Ok(Err(refusal));
+        }
         let found = self.look_around(request)?;
         let mut data = self.data();
         let plan = match plan_within(&data, request, found) {
@@ -91,6 +95,15 @@ impl Broker {
         };
         data.leases.insert(lease.id.clone(), lease.clone());
         Ok(Ok(lease))
+    }
+
+    /// Refuses what another lease has, which is known without a look at the host: of many who want
+    /// one device, only those have it read who may get it.
+    fn refuse_leased(&self, request: &Request) -> Result<(), Refusal> {
+        match plan_within(&self.data(), request, Around::default()) {
+            Err(refusal) if refusal.kind() == ErrorKind::AlreadyLeased => Err(refusal),
+            _ => Ok(()),
+        }
     }
 
     /// Walks a new lease's way to the guest, or all the way back.

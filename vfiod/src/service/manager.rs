@@ -87,20 +87,33 @@ impl ManagerObject {
     }
 
     #[zbus(out_args("plan"))]
-    async fn plan(&self, devices: Vec<String>, options: RawOptions) -> Result<PlanRecord, Failure> {
+    async fn plan(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        devices: Vec<String>,
+        options: RawOptions,
+    ) -> Result<PlanRecord, Failure> {
         let options = AttachOptions::read(&options)?;
-        self.caller.run(move |broker| broker.plan(&devices, &options)).await
+        self.caller.ask(&header, move |broker| broker.plan(&devices, &options)).await
     }
 
     #[zbus(out_args("plan"))]
-    async fn explain(&self, device: String) -> Result<PlanRecord, Failure> {
+    async fn explain(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        device: String,
+    ) -> Result<PlanRecord, Failure> {
         let options = AttachOptions::default();
-        self.caller.run(move |broker| broker.plan(&[device], &options)).await
+        self.caller.ask(&header, move |broker| broker.plan(&[device], &options)).await
     }
 
     #[zbus(out_args("holders"))]
-    async fn holders(&self, device: String) -> Result<HoldersRecord, Failure> {
-        self.caller.run(move |broker| broker.holders(&device)).await
+    async fn holders(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        device: String,
+    ) -> Result<HoldersRecord, Failure> {
+        self.caller.ask(&header, move |broker| broker.holders(&device)).await
     }
 
     #[zbus(out_args("devices"))]
@@ -148,9 +161,13 @@ impl ManagerObject {
     }
 
     #[zbus(out_args("entries"))]
-    async fn list_history(&self, options: RawOptions) -> Result<Vec<HistoryRecord>, Failure> {
+    async fn list_history(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        options: RawOptions,
+    ) -> Result<Vec<HistoryRecord>, Failure> {
         let options = HistoryOptions::read(&options)?;
-        let entries = self.caller.run(move |broker| broker.history(&options)).await?;
+        let entries = self.caller.ask(&header, move |broker| broker.history(&options)).await?;
         Ok(entries.iter().map(Entry::record).collect())
     }
 

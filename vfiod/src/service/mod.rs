@@ -7,6 +7,7 @@ mod group;
 mod lease;
 mod manager;
 mod publisher;
+mod questions;
 
 use std::sync::{Arc, OnceLock};
 
@@ -16,6 +17,7 @@ use nix::unistd::geteuid;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use zbus::connection::Builder;
 use zbus::fdo::ObjectManager;
+use zbus::message::Header;
 
 use crate::authority::Authority;
 use crate::broker::{Broker, Change};
@@ -25,6 +27,7 @@ use device::DeviceObject;
 use group::GroupObject;
 use lease::LeaseObject;
 use manager::ManagerObject;
+use questions::Questions;
 
 /// The daemon's objects on a connection.
 #[derive(Debug)]
@@ -55,10 +58,12 @@ impl Service {
         let owner = broker.simulated().map_or(0, |_| geteuid().as_raw());
         let authority = Arc::new(Authority::new(connection.clone(), owner));
         let connections = Connections::new(connection.clone(), broker.clone());
+        let questions = Arc::new(Questions::default());
         let caller = Caller {
             broker: broker.clone(),
             authority,
             connections,
+            questions,
             changes,
             devices: callers.clone(),
         };
@@ -88,18 +93,29 @@ impl Service {
     }
 }
 
-/// What an object needs to answer a call that changes something.
+/// What an object needs to answer a call that takes a while.
 #[derive(Debug, Clone)]
 struct Caller {
     broker: Arc<Broker>,
     authority: Arc<Authority>,
     connections: Arc<Connections>,
+    questions: Arc<Questions>,
     /// Where the objects of devices find it.
     devices: Arc<OnceLock<Caller>>,
     changes: UnboundedSender<Change>,
 }
 
 impl Caller {
+    /// As [`run`](Self::run), for what anyone may ask, in its turn.
+    async fn ask<T: Send + 'static>(
+        &self,
+        header: &Header<'_>,
+        work: impl FnOnce(&Arc<Broker>) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let _turn = self.questions.turn(header).await;
+        self.run(work).await
+    }
+
     /// Runs `work` where it may block, then waits until all it changed has been told, so that a
     /// caller finds the objects its reply names.
     async fn run<T: Send + 'static>(

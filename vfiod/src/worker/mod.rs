@@ -31,8 +31,8 @@ pub use deadlines::{Deadline, Deadlines};
 pub use reader::Reader;
 pub use serve::serve;
 
-/// Most workers that are kept for the next request.
-const MOST_IDLE: usize = 8;
+/// Most workers that are kept for the next request: to start one takes longer than most requests.
+const MOST_IDLE: usize = 16;
 /// Longest request or answer, in bytes: a page of an attribute as JSON, or a step and what became
 /// of it.
 const LONGEST: usize = 64 << 10;

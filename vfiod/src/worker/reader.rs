@@ -5,13 +5,17 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::host::Patience;
 
 use super::{Call, Workers};
+
+/// Most workers that read at a time. Without a bound, whoever calls often enough has the daemon
+/// start processes without end.
+const MOST_READING: usize = 8;
 
 /// Reads through workers.
 #[derive(Debug, Clone)]
@@ -20,6 +24,7 @@ pub struct Reader {
     patience: Duration,
     /// Directories that a worker still tries to read in.
     stuck: Arc<Mutex<BTreeSet<PathBuf>>>,
+    turns: Arc<Turns>,
     loose: Sender<PciAddress>,
 }
 
@@ -27,11 +32,37 @@ impl Reader {
     /// A reader that waits for `patience` at most. A function that can be read again after it could
     /// not be is told to `loose`.
     pub fn new(workers: Arc<Workers>, patience: Duration, loose: Sender<PciAddress>) -> Self {
-        Self { workers, patience, stuck: Arc::default(), loose }
+        Self { workers, patience, stuck: Arc::default(), turns: Arc::default(), loose }
     }
 
     fn stuck(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
         self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets so many read at a time, and the others wait.
+#[derive(Debug, Default)]
+struct Turns {
+    taken: Mutex<usize>,
+    given: Condvar,
+}
+
+/// One's turn, until it is dropped.
+struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    fn take(&self) -> Turn<'_> {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |taken: &mut usize| *taken >= MOST_READING;
+        *self.given.wait_while(taken, full).unwrap_or_else(PoisonError::into_inner) += 1;
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.given.notify_one();
     }
 }
 
@@ -40,6 +71,8 @@ type Text = Result<String, i32>;
 impl Patience for Reader {
     fn read(&self, attribute: &Path) -> io::Result<String> {
         let directory = attribute.parent().unwrap_or(attribute);
+        // For as long as patience lasts at most: whoever is stuck is left alone and counts no more.
+        let _turn = self.turns.take();
         if self.stuck().contains(directory) {
             return Err(lost());
         }

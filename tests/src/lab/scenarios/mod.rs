@@ -2,6 +2,7 @@
 
 mod attach;
 mod bench;
+mod conformance;
 mod demo;
 mod life;
 mod refusals;
@@ -44,6 +45,7 @@ const SCENARIOS: &[(&str, &str, Scenario)] = &[
     ("drift", "others change what a lease holds", survival::drift),
     ("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
     ("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
+    ("conformance", "the simulated kernel's cases, on a real one", conformance::run),
     ("demo", "the product at work, told as a story", demo::run),
     ("bench", "what it costs beside the kernel and its peers", bench::run),
 ];
