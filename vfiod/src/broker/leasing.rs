@@ -14,6 +14,7 @@ use libvfio::step::Step;
 use tracing::{error, info, warn};
 
 use super::{Broker, Change, Data, Property, Reply, internal, plan_within};
+use crate::crash;
 use crate::history::{self, Event};
 use crate::lease::{Bound, Found, Lease, Recorded, State};
 use crate::owner::Process;
@@ -44,7 +45,10 @@ impl Broker {
         let uses = self.uses(&self.refresh_around(&request)?)?;
         let lease = {
             let mut data = self.data();
-            let plan = plan_within(&data, &request, uses)?;
+            crash::point("before a request is judged");
+            let plan = plan_within(&data, &request, uses);
+            crash::point("after a request was judged");
+            let plan = plan?;
             let lease = Lease {
                 tenant: tenant.to_owned(),
                 vm: options.vm.clone(),
