@@ -15,4 +15,6 @@ pub mod lab;
 pub mod sim;
 
 #[cfg(feature = "trial")]
+pub mod survival;
+#[cfg(feature = "trial")]
 pub mod trial;
