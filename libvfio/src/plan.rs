@@ -7,7 +7,7 @@ mod virtual_functions;
 
 pub use virtual_functions::virtual_functions;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::address::PciAddress;
@@ -54,6 +54,8 @@ pub struct Claim {
 pub struct Circumstances {
     /// Leases in force, by function.
     pub claims: BTreeMap<PciAddress, Claim>,
+    /// Physical functions whose autoprobe is off because they were given virtual ones.
+    pub autoprobe_off: BTreeSet<PciAddress>,
     /// Network settings of virtual functions as they are, of those that have any.
     pub shapes: BTreeMap<PciAddress, Shape>,
     /// What the host does with its devices, and which processes hold them.
@@ -317,4 +319,64 @@ fn warnings(isolation: Isolation) -> Option<String> {
 /// The steps that give a plan's devices back: the inverses of what was done, last first.
 pub fn undo<'a>(done: impl DoubleEndedIterator<Item = &'a Step>) -> Vec<Step> {
     done.rev().filter_map(Step::inverse).collect()
+}
+
+/// The steps from wherever a device is now to how it was before; none if it is so.
+pub fn home(device: PciAddress, now: &Binding, before: &Binding) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut set = now.driver_override.clone();
+    let mut set_to = |steps: &mut Vec<Step>, to: &Option<String>| {
+        if set != *to {
+            let from = std::mem::replace(&mut set, to.clone());
+            steps.push(Step::SetOverride { device, from, to: to.clone() });
+        }
+    };
+    if now.driver != before.driver {
+        if let Some(driver) = now.driver.clone() {
+            steps.extend((driver == "nvidia").then_some(Step::UnbindLock { device }));
+            steps.push(Step::Unbind { device, driver });
+        }
+        if let Some(driver) = &before.driver {
+            // No driver takes a device of another override, nor a VF without one and autoprobe.
+            set_to(&mut steps, &before.driver);
+            steps.push(Step::Bind { device, driver: driver.clone() });
+        }
+    }
+    set_to(&mut steps, &before.driver_override);
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn home_is_reached_from_anywhere() {
+        let device: PciAddress = "01:00.0".parse().unwrap();
+        let found = |driver: Option<&str>, set: Option<&str>| Binding {
+            driver: driver.map(str::to_owned),
+            driver_override: set.map(str::to_owned),
+        };
+        let places = [None, Some("nvidia"), Some("vfio-pci")];
+        for (was, was_set) in places.iter().flat_map(|was| places.map(|set| (*was, set))) {
+            let before = found(was, was_set);
+            for (driver, set) in places.iter().flat_map(|at| places.map(|set| (*at, set))) {
+                let mut now = found(driver, set);
+                for step in home(device, &now.clone(), &before) {
+                    match step {
+                        Step::Unbind { driver, .. } => assert_eq!(now.driver.take(), Some(driver)),
+                        Step::SetOverride { from, to, .. } => {
+                            assert_eq!(std::mem::replace(&mut now.driver_override, to), from);
+                        }
+                        Step::Bind { driver, .. } => {
+                            assert_eq!(now.driver_override.as_ref(), Some(&driver));
+                            assert_eq!(now.driver.replace(driver), None);
+                        }
+                        step => assert_eq!(step, Step::UnbindLock { device }),
+                    }
+                }
+                assert_eq!(now, before);
+            }
+        }
+    }
 }

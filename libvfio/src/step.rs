@@ -273,6 +273,17 @@ impl Step {
         }
     }
 
+    /// Whether it is about which driver a function is on.
+    pub fn is_binding(&self) -> bool {
+        matches!(
+            self,
+            Self::UnbindLock { .. }
+                | Self::Unbind { .. }
+                | Self::SetOverride { .. }
+                | Self::Bind { .. }
+        )
+    }
+
     /// The step that takes this one back; `None` where nothing needs to be. A loaded module stays,
     /// the unbind lock ends with the binding, a reset cannot be undone, a check changed nothing.
     pub fn inverse(&self) -> Option<Self> {

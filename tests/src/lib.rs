@@ -20,4 +20,6 @@ pub mod session;
 pub mod sim;
 
 #[cfg(feature = "trial")]
+pub mod survival;
+#[cfg(feature = "trial")]
 pub mod trial;

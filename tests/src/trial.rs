@@ -10,7 +10,7 @@ use libvfio::client::Failure;
 use libvfio::host::HostRoot;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use vfiod::broker::{Asker, Broker, Change};
-use vfiod::lease::Lease;
+use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
 use vfiod::request::AttachOptions;
 use vfiod::stores::Stores;
@@ -78,6 +78,13 @@ impl Setting {
 pub fn attach(broker: &Arc<Broker>, device: &str, tenant: &str) -> Result<Lease, Failure> {
     let options = AttachOptions::default();
     broker.attach(&[device.to_owned()], tenant, &options, Asker::default())
+}
+
+/// Waits until the broker is at nothing any more, or at a step that does not return.
+pub fn settled(broker: &Arc<Broker>) -> bool {
+    let wedged = || broker.leases().iter().any(|lease| lease.state == State::Wedged);
+    // Whoever is at something on a thread of its own has the broker too.
+    eventually(|| Arc::strong_count(broker) == 1 || wedged())
 }
 
 /// Waits until something is so; whether it ever was.

@@ -104,16 +104,31 @@ fn lease(broker: &Arc<Broker>, count: u32) -> Result<Lease, Failure> {
 #[test]
 fn any_number_becomes_any_other_and_no_host_driver_gets_one() {
     let (sim, _dir, broker) = start();
-    for count in [0, 7, 3, 3, 0, 1] {
+    for count in [0, 7, 3, 3, 0, 1, 0] {
         let made = broker.set_virtual_functions(at(PF), count, 0).unwrap();
         assert_eq!(made.len(), usize::from(count));
         let none = vec![Binding::default(); usize::from(count)];
-        assert_eq!(kernel(&sim), (count, true, none));
+        assert_eq!(kernel(&sim), (count, count == 0, none));
         let listed = broker.list_devices(true);
         let virtuals = listed.iter().filter(|d| d.physical_function.as_deref() == Some(PF));
         assert_eq!(virtuals.count(), usize::from(count));
     }
     assert!(broker.leases().is_empty());
+}
+
+#[test]
+fn autoprobe_is_as_it_was_when_the_last_has_gone() {
+    let (sim, dir, broker) = start();
+    broker.set_virtual_functions(at(PF), 2, 0).unwrap();
+    drop(broker);
+    let broker = setting(&sim, &dir).start().unwrap();
+    broker.set_virtual_functions(at(PF), 0, 0).unwrap();
+    assert_eq!(kernel(&sim), (0, true, Vec::new()), "a restart forgot who turned it off");
+    std::fs::write(sim.function(at(PF)).join("sriov_drivers_autoprobe"), "0").unwrap();
+    for count in [2, 0] {
+        broker.set_virtual_functions(at(PF), count, 0).unwrap();
+    }
+    assert_eq!(kernel(&sim), (0, false, Vec::new()), "somebody else had turned it off");
 }
 
 #[test]

@@ -120,6 +120,8 @@ struct Data {
     distrusted: Vec<Distrusted>,
     /// The look that told of each function.
     looked: BTreeMap<PciAddress, u64>,
+    /// Physical functions whose autoprobe the daemon has turned off.
+    autoprobe_off: BTreeSet<PciAddress>,
     /// Leases that something has happened to, until it is clear what.
     judged: BTreeSet<String>,
 }
@@ -175,6 +177,7 @@ impl Broker {
             distrusted: distrusted.devices,
             looked: BTreeMap::new(),
             judged: BTreeSet::new(),
+            autoprobe_off: ledger.autoprobe_off(),
         };
         let broker = Self {
             walker: Walker { means, ledger },
@@ -391,7 +394,13 @@ fn circumstances(data: &Data, uses: Vec<Use>) -> Circumstances {
         (device, claim)
     };
     let claims = claims_by_device(&data.leases).into_iter().map(claim).collect();
-    Circumstances { claims, uses, quarantined: data.quarantined(), shapes: BTreeMap::new() }
+    Circumstances {
+        claims,
+        uses,
+        quarantined: data.quarantined(),
+        autoprobe_off: data.autoprobe_off.clone(),
+        ..Circumstances::default()
+    }
 }
 
 fn claims_by_device(leases: &BTreeMap<String, Lease>) -> BTreeMap<PciAddress, &Lease> {

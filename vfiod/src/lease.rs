@@ -1,7 +1,7 @@
 //! A lease: who has which functions, what was done for it and what undoes it. A plain type with
 //! its record on disk; touches nothing by itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use libvfio::address::PciAddress;
@@ -140,6 +140,12 @@ impl Lease {
     pub fn way_back(&self) -> Vec<Recorded> {
         let begun = self.forward.iter().take_while(|r| r.outcome.is_some()).count() + 1;
         Recorded::todo(plan::undo(self.forward.iter().take(begun).map(|r| &r.step)))
+    }
+
+    /// The functions that a step to the guest was, or may have been, done to.
+    pub fn touched(&self) -> BTreeSet<PciAddress> {
+        let begun = self.forward.iter().take_while(|r| r.outcome.is_some()).count() + 1;
+        self.forward.iter().take(begun).filter_map(|recorded| recorded.step.device()).collect()
     }
 
     /// The override a function has while the lease is active.

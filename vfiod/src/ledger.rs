@@ -8,6 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use libvfio::address::PciAddress;
 use serde::{Deserialize, Serialize};
 
 use crate::crash;
@@ -21,6 +22,8 @@ const FORM: u32 = 1;
 const NEWEST: &str = "json";
 /// Extension of the record before it.
 const BEFORE: &str = "old";
+/// The file of physical functions whose autoprobe is off.
+const AUTOPROBE: &str = "autoprobe-off";
 /// Extension of the file that is locked while a lease moves.
 const LOCK: &str = "lock";
 
@@ -66,6 +69,18 @@ impl Ledger {
         let bytes = record(lease)?;
         let id = lease.id.as_ref();
         durable::replace_keeping(&self.file(id, NEWEST), &self.file(id, BEFORE), &bytes)
+    }
+
+    /// Physical functions whose `sriov_drivers_autoprobe` the daemon has turned off. None where that
+    /// cannot be read: then it stays off.
+    pub fn autoprobe_off(&self) -> BTreeSet<PciAddress> {
+        let bytes = durable::read(&self.dir.join(AUTOPROBE)).ok().flatten().unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
+    /// Records which these are.
+    pub fn write_autoprobe_off(&self, functions: &BTreeSet<PciAddress>) -> io::Result<()> {
+        durable::replace(&self.dir.join(AUTOPROBE), &serde_json::to_vec(functions)?)
     }
 
     /// The lock of a lease, once nobody has it: the workers of a daemon before this one hold it

@@ -7,6 +7,9 @@
 
 pub mod authority;
 pub mod broker;
+#[cfg(feature = "crash-points")]
+pub mod crash;
+#[cfg(not(feature = "crash-points"))]
 mod crash;
 pub mod daemon;
 mod durable;

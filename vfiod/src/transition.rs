@@ -10,13 +10,18 @@ use std::time::Duration;
 use libvfio::address::PciAddress;
 use libvfio::error::ErrorKind;
 use libvfio::host::HostRoot;
+use libvfio::pci::Binding;
+use libvfio::plan;
 use libvfio::step::{Outcome, Step, StepError};
 use tracing::{debug, warn};
 
 use crate::crash;
-use crate::lease::Lease;
+use crate::lease::{Lease, Recorded};
 use crate::ledger::Ledger;
 use crate::worker::{Carried, Deadlines, Workers};
+
+/// How long a device whose step back failed is given before it is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// Why a way was not walked to its end.
 #[derive(Debug, thiserror::Error)]
@@ -127,17 +132,65 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Walks the way back as far as it can: a function whose step fails is left where it is, as are
-    /// `strangers`; the others go home. Returns what failed.
+    /// Walks the way back as far as it can, all functions but `strangers`, whom it leaves where they
+    /// are. One whose step fails is tried once more, from where it is then; the others go home.
+    /// Returns what failed.
     pub fn backward(&self, lease: &mut Lease, strangers: &BTreeSet<PciAddress>) -> Vec<Stopped> {
         let mut failures: Vec<Stopped> = strangers.iter().copied().map(Stopped::Stranger).collect();
-        let mut stuck = strangers.clone();
+        let mut failed = self.back(lease, strangers);
+        let mut again: BTreeSet<PciAddress> =
+            failed.iter().filter(|(_, why)| is_worth_more(lease, why)).map(|f| f.0).collect();
+        // The kernel may have done other than it was asked for, where there was nothing to undo.
+        let left = |device: &PciAddress| {
+            strangers.contains(device) || failed.iter().any(|(other, _)| other == device)
+        };
+        if lease.failure.is_none() {
+            let touched = lease.touched().into_iter().filter(|device| !left(device));
+            again.extend(touched.filter(|device| self.has_strayed(lease, *device)));
+        }
+        if !again.is_empty() {
+            std::thread::sleep(AGAIN);
+            for device in &again {
+                self.turn_home(lease, *device);
+            }
+            let left = failed.iter().map(|f| f.0).filter(|device| !again.contains(device));
+            let left: BTreeSet<PciAddress> = left.chain(strangers.iter().copied()).collect();
+            let still = self.back(lease, &left);
+            failed.retain(|(device, _)| left.contains(device) || self.has_strayed(lease, *device));
+            failed.extend(still);
+        }
+        failures.extend(failed.into_iter().map(|(_, why)| why));
+        failures
+    }
+
+    /// Replaces what is left of a device's way back to its driver by the way from where it is.
+    fn turn_home(&self, lease: &mut Lease, device: PciAddress) {
+        let Ok(now) = Binding::read(&self.walker.means.host, device) else { return };
+        let Some(found) = lease.devices.get(&device) else { return };
+        let way = Recorded::todo(plan::home(device, &now, &found.before));
+        lease.backward.retain(|r| {
+            r.outcome.is_some() || r.step.device() != Some(device) || !r.step.is_binding()
+        });
+        lease.backward.extend(way);
+    }
+
+    /// Whether a device is there, and not as it was before the lease.
+    fn has_strayed(&self, lease: &Lease, device: PciAddress) -> bool {
+        let now = Binding::read(&self.walker.means.host, device).ok();
+        let there = self.walker.means.host.function(device).path().exists();
+        there && now.as_ref() != lease.devices.get(&device).map(|found| &found.before)
+    }
+
+    /// Walks the way back once, without the functions that are `left`; which failed, and why.
+    fn back(&self, lease: &mut Lease, left: &BTreeSet<PciAddress>) -> Vec<(PciAddress, Stopped)> {
+        let mut failures = Vec::new();
+        let mut stuck = left.clone();
         for at in 0..lease.backward.len() {
             let step = lease.backward[at].step.clone();
-            let device = step.device();
-            let gone = device.is_some_and(|d| !self.walker.means.host.function(d).path().exists());
-            let done = lease.backward[at].outcome.is_some();
-            if done || gone || device.is_some_and(|d| stuck.contains(&d)) {
+            // A step of no device changes none.
+            let Some(device) = step.device() else { continue };
+            let gone = !self.walker.means.host.function(device).path().exists();
+            if lease.backward[at].outcome.is_some() || gone || stuck.contains(&device) {
                 continue;
             }
             if let Err(error) = self.write(lease) {
@@ -148,8 +201,8 @@ impl Walk<'_> {
                 Ok(Done { outcome, .. }) => lease.backward[at].outcome = Some(outcome),
                 Err(error) => {
                     warn!(lease = lease.id, step = step.name(), %error, "a step back failed");
-                    stuck.extend(device);
-                    failures.push(error);
+                    stuck.insert(device);
+                    failures.push((device, error));
                 }
             }
         }
@@ -181,6 +234,17 @@ impl Walk<'_> {
     fn write(&self, lease: &Lease) -> io::Result<()> {
         self.walker.ledger.write(lease)
     }
+}
+
+/// Whether a device whose step back failed like this may go home another way. One that was taken
+/// from the lease, or may not be clean, is for a person to look at.
+fn is_worth_more(lease: &Lease, why: &Stopped) -> bool {
+    let step = match why {
+        Stopped::Step(error) => &error.step,
+        Stopped::Lost { step, .. } => step,
+        Stopped::Ledger(_) | Stopped::Late { .. } | Stopped::Stranger(_) => return false,
+    };
+    lease.failure.is_none() && !matches!(step, Step::Reset { .. })
 }
 
 /// A step that was carried out.

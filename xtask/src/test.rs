@@ -1,5 +1,7 @@
 //! `cargo xtask test`: the crates' own tests, then every scenario in one boot of the lab.
 
+use std::fs;
+use std::path::Path;
 use std::process::{ExitCode, Stdio};
 
 use anyhow::{Result, ensure};
@@ -17,18 +19,26 @@ const TOOLS: [(&str, &str); 3] = [
 /// Runs all tests; the last line printed is `N passed, N failed`.
 pub(crate) fn run() -> Result<ExitCode> {
     host::require(&TOOLS)?;
+    let counts = exec::target()?.join("test-counts");
+    let _ = fs::remove_file(&counts);
+    let unit_tests = || unit_tests(&counts);
     let (unit_passed, unit_failed) = progress::step("running the crates' tests", unit_tests)?;
     let summary = lab::play(Selection::All, Voice::Steps)?;
     let scenarios = summary.passed + summary.failed;
+    // What tests of many cases have told.
+    print!("{}", fs::read_to_string(&counts).unwrap_or_default());
     println!("{} tests of the crates, {scenarios} scenarios", unit_passed + unit_failed);
     println!("{} passed, {} failed", unit_passed + summary.passed, unit_failed + summary.failed);
     Ok(if unit_failed == 0 { summary.exit_code() } else { ExitCode::FAILURE })
 }
 
 /// Runs `cargo test`; how many passed and failed. Those that fail are shown.
-fn unit_tests() -> Result<(usize, usize)> {
+///
+/// Tests of many cases append how many there were to the file `told`.
+fn unit_tests(told: &Path) -> Result<(usize, usize)> {
     let output = exec::cargo()
         .args(["test", "--quiet", "--workspace", "--all-features", "--no-fail-fast"])
+        .env("VFIOD_COUNTS", told)
         .stderr(Stdio::inherit())
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -42,16 +42,17 @@ pub fn virtual_functions(
     }
     let members = virtuals.into_iter().chain([function.as_ref()]);
     plan.devices = members.map(|f| (f.address, f.binding())).collect();
-    plan.steps = steps(physical, enabled, count, autoprobe);
+    let ours = circumstances.autoprobe_off.contains(&physical);
+    plan.steps = steps(physical, (enabled, count), autoprobe, ours);
     Ok(plan)
 }
 
-/// Host drivers are kept from the new ones: each would be probed, and taken from its driver again
-/// for a guest.
-fn steps(device: PciAddress, from: u16, to: u16, autoprobe: bool) -> Vec<Step> {
-    let autoprobe = autoprobe && to > 0;
+/// Host drivers are kept from the functions for as long as there are any: each would be probed, now or
+/// when its module comes, and taken from its driver again for a guest. `ours` says that autoprobe is
+/// off because of that.
+fn steps(device: PciAddress, (from, to): (u16, u16), autoprobe: bool, ours: bool) -> Vec<Step> {
     let mut steps = Vec::new();
-    if autoprobe {
+    if autoprobe && to > 0 {
         steps.push(Step::SetAutoprobe { device, from: true, to: false });
     }
     if from > 0 && to > 0 {
@@ -60,7 +61,7 @@ fn steps(device: PciAddress, from: u16, to: u16, autoprobe: bool) -> Vec<Step> {
     } else {
         steps.push(Step::SetVirtualFunctions { device, from, to });
     }
-    if autoprobe {
+    if !autoprobe && ours && to == 0 {
         steps.push(Step::SetAutoprobe { device, from: false, to: true });
     }
     steps
@@ -145,25 +146,27 @@ fn refuse_virtual(circumstances: &Circumstances, function: &Function) -> Vec<Rea
 mod tests {
     use super::*;
 
-    fn said(from: u16, to: u16, autoprobe: bool) -> Vec<String> {
-        let steps = steps("01:00.0".parse().unwrap(), from, to, autoprobe);
+    fn said(from: u16, to: u16, autoprobe: bool, ours: bool) -> Vec<String> {
+        let steps = steps("01:00.0".parse().unwrap(), (from, to), autoprobe, ours);
         let undone: Vec<Option<Step>> = steps.iter().map(Step::inverse).collect();
         assert!(undone.iter().all(Option::is_some), "every step has a way back");
         steps.iter().map(ToString::to_string).collect()
     }
 
     #[test]
-    fn new_ones_are_kept_from_host_drivers_while_they_are_made() {
-        let steps = said(0, 4, true);
-        assert_eq!(steps.len(), 3);
-        assert!(steps[0].starts_with("keep") && steps[2].starts_with("offer"), "{steps:?}");
-        assert_eq!(said(0, 4, false).len(), 1);
-        assert_eq!(said(4, 0, true).len(), 1);
+    fn host_drivers_are_kept_away_until_the_last_has_gone() {
+        let steps = said(0, 4, true, false);
+        assert!(steps.len() == 2 && steps[0].starts_with("keep"), "{steps:?}");
+        assert_eq!(said(0, 4, false, true).len(), 1);
+        let steps = said(4, 0, false, true);
+        assert!(steps.len() == 2 && steps[1].starts_with("offer"), "{steps:?}");
+        assert_eq!(said(4, 0, false, false).len(), 1, "who turned it off may want it so");
+        assert_eq!(said(4, 0, true, false).len(), 1);
     }
 
     #[test]
     fn another_number_takes_all_away_first() {
-        let steps = said(7, 3, false);
+        let steps = said(7, 3, false, true);
         assert!(steps[0].contains("remove all") && steps[1].contains("make 3"), "{steps:?}");
     }
 }

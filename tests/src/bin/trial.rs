@@ -1,13 +1,21 @@
 //! `trial worker --root ROOT`: the worker of the brokers that tests start.
 //!
-//! `trial ROOT RECORDS attach DEVICE|release TARGET|recover`: a broker that does one thing and ends,
-//! if it is not killed before. Exits with 1 and the reason if that is refused.
+//! `trial ROOT RECORDS [KIND=SECONDS...] attach DEVICE TENANT|release TARGET|recover`: a broker that
+//! does one thing and ends once it is at nothing any more, if it is not killed before. Exits with 1
+//! and the reason if that is refused.
+//!
+//! `trial ROOT RECORDS serve`: a broker that does what each line of its input says, as above, and
+//! answers each with `ok` or `error REASON`. `crash N` has it end at the N-th place from then on.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use libvfio::client::Failure;
+use vfiod::broker::Broker;
 use vfiod::request::ReleaseOptions;
-use vfiod_tests::trial::{Setting, attach};
+use vfiod_tests::trial::{Setting, attach, settled};
 
 fn main() -> anyhow::Result<ExitCode> {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -16,17 +24,20 @@ fn main() -> anyhow::Result<ExitCode> {
         vfiod::worker::serve(Path::new(root))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let [root, records, what, ref of @ ..] = words[..] else {
-        anyhow::bail!("trial ROOT RECORDS attach DEVICE|release TARGET|recover");
+    let [root, records, ref rest @ ..] = words[..] else {
+        anyhow::bail!("trial ROOT RECORDS [KIND=SECONDS...] WHAT");
     };
+    let deadlines = rest.iter().take_while(|word| word.contains('='));
+    let deadlines: Vec<String> = deadlines.map(|&word| word.to_owned()).collect();
+    let what = &rest[deadlines.len()..];
     let setting = Setting::new("/proc/self/exe", Path::new(root), Path::new(records));
-    let broker = setting.start()?;
-    let done = match (what, of) {
-        ("attach", [device]) => attach(&broker, device, "alice").map(drop),
-        ("release", [target]) => broker.release(target, &ReleaseOptions::default()).map(drop),
-        ("recover", []) => Ok(()),
-        _ => anyhow::bail!("{what} is nothing to try"),
-    };
+    let broker = Setting { deadlines, ..setting }.start()?;
+    if what == ["serve"] {
+        serve(&broker)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let done = act(&broker, what)?;
+    anyhow::ensure!(settled(&broker), "the broker does not come to rest");
     Ok(match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -34,4 +45,35 @@ fn main() -> anyhow::Result<ExitCode> {
             ExitCode::FAILURE
         }
     })
+}
+
+fn act(broker: &Arc<Broker>, what: &[&str]) -> anyhow::Result<Result<(), Failure>> {
+    Ok(match what {
+        ["attach", device, tenant] => attach(broker, device, tenant).map(drop),
+        ["release", target] => broker.release(target, &ReleaseOptions::default()).map(drop),
+        ["recover"] => Ok(()),
+        _ => anyhow::bail!("{what:?} is nothing to try"),
+    })
+}
+
+fn serve(broker: &Arc<Broker>) -> anyhow::Result<()> {
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split(' ').collect();
+        let answer = match words[..] {
+            ["crash", at] => {
+                vfiod::crash::arm(at.parse()?);
+                "ok".to_owned()
+            }
+            _ => match act(broker, &words)? {
+                Ok(()) => "ok".to_owned(),
+                Err(failure) => format!("error {}", failure.to_string().replace('\n', " ")),
+            },
+        };
+        anyhow::ensure!(settled(broker), "the broker does not come to rest");
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{answer}")?;
+        out.flush()?;
+    }
+    Ok(())
 }

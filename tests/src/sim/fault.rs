@@ -1,8 +1,10 @@
-//! Faults armed at operations of the simulated kernel, and when they strike. Plain types; touches
-//! nothing.
+//! Faults armed at operations of the simulated kernel, when they strike, and how. Changes the
+//! kernel's state, sleeps never.
 
 use libvfio::address::PciAddress;
 use nix::errno::Errno;
+
+use super::kernel::{Kernel, Stop};
 
 /// What can be made to go wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +29,10 @@ pub enum Operation {
     UnbindLock,
     /// A read of any attribute of a function.
     Read,
+    /// Opening a node below `dev`. A group's is that of its first function.
+    Open,
+    /// Loading a module. It is of no function.
+    LoadModule,
 }
 
 /// How it goes wrong.
@@ -38,10 +44,14 @@ pub enum Effect {
     SucceedWithoutEffect,
     /// It reports success, and afterwards this driver has the function.
     BindOther(String),
-    /// It never returns, uninterruptibly.
+    /// It does not return, uninterruptibly, until [`let_go`](super::Sim::let_go) has it done.
     BlockForever,
     /// The function is gone, and the operation fails with `ENODEV`.
     Vanish,
+    /// The process that does it is killed, and nothing changes.
+    KillBefore,
+    /// It is done, and the process that did it is killed before it hears of that.
+    KillAfter,
 }
 
 /// A fault. It strikes once.
@@ -49,7 +59,7 @@ pub enum Effect {
 pub struct Fault {
     /// The operation.
     pub on: Operation,
-    /// The function, or any.
+    /// The function, or any. If the operation is of none, the one that the effect is on.
     pub device: Option<PciAddress>,
     /// At which time the operation is done to the function, counted from 1 since it was armed.
     pub nth: u32,
@@ -66,15 +76,55 @@ impl Faults {
         self.0.push(fault);
     }
 
-    /// Counts an operation. The effect of the first fault whose time has come, which is spent.
-    pub(super) fn strike(&mut self, on: Operation, device: PciAddress) -> Option<Effect> {
+    /// Counts an operation. The first fault whose time has come, which is spent.
+    pub(super) fn strike(&mut self, on: Operation, device: Option<PciAddress>) -> Option<Fault> {
         let mut due = None;
         for (place, fault) in self.0.iter_mut().enumerate() {
-            if fault.on == on && fault.device.is_none_or(|address| address == device) {
+            let same = fault.device.is_none_or(|one| device.is_none_or(|other| one == other));
+            if fault.on == on && same {
                 fault.nth = fault.nth.saturating_sub(1);
                 due = due.or((fault.nth == 0).then_some(place));
             }
         }
-        due.map(|place| self.0.remove(place).effect)
+        due.map(|place| self.0.remove(place))
+    }
+
+    pub(super) fn disarm(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Kernel {
+    /// Does an operation as `act` does, or goes wrong as the fault says that strikes it. `nothing`
+    /// is what a caller hears for whom nothing was done.
+    pub(super) fn or_fault<T>(
+        &mut self,
+        on: Operation,
+        device: Option<PciAddress>,
+        nothing: T,
+        act: impl FnOnce(&mut Self) -> Result<T, Stop>,
+    ) -> Result<T, Stop> {
+        let Some(fault) = self.faults.strike(on, device) else { return act(self) };
+        let device = device.or(fault.device);
+        match fault.effect {
+            Effect::Errno(errno) => Err(errno.into()),
+            Effect::SucceedWithoutEffect => Ok(nothing),
+            Effect::BlockForever => Err(Stop::Forever),
+            Effect::KillBefore => Err(Stop::Killed),
+            Effect::KillAfter => act(self).and(Err(Stop::Killed)),
+            Effect::Vanish => {
+                device.map_or(Ok(()), |device| self.unplug(device))?;
+                Err(Errno::ENODEV.into())
+            }
+            Effect::BindOther(driver) => {
+                let binds = matches!(on, Operation::Bind | Operation::Probe | Operation::Open);
+                let done = if binds { nothing } else { act(self)? };
+                if let Some(device) = device {
+                    self.drop_driver(device);
+                    self.attach(device, &driver)?;
+                }
+                Ok(done)
+            }
+        }
     }
 }

@@ -2,7 +2,8 @@
 //! does.
 //!
 //! The real kernel caches nothing that can change, so what one process writes the next one reads.
-//! Each write runs on a thread of its own, as in a kernel it runs on its writer's.
+//! Each write, and each opening of a node, runs on a thread of its own, as in a kernel it runs on
+//! its caller's.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -95,15 +96,13 @@ impl Glue {
         self.listings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open_at(&self, request: &Request, number: INodeNo, flags: OpenFlags) -> Result<u64, Errno> {
+    /// The node that is to be opened, if it is one; nothing waits for a file.
+    fn open_at(&self, number: INodeNo, flags: OpenFlags) -> Result<Option<Arc<str>>, Errno> {
         let (path, entry) = self.entry(number)?;
         let mode = match entry {
             Entry::Directory | Entry::Link(_) => return Err(Errno::EISDIR),
             Entry::File(mode) => mode,
-            Entry::Node => {
-                let opener = opener(request.pid());
-                return self.shared.with(|kernel| kernel.open(&path, opener)).map_err(fuse_errno);
-            }
+            Entry::Node => return Ok(Some(path)),
         };
         // `kernfs_fop_open` holds even the superuser to what a file is for.
         let allowed = match flags.acc_mode() {
@@ -111,7 +110,7 @@ impl Glue {
             OpenAccMode::O_WRONLY => mode & 0o222 != 0,
             OpenAccMode::O_RDWR => mode & 0o444 != 0 && mode & 0o222 != 0,
         };
-        if allowed { Ok(0) } else { Err(Errno::EACCES) }
+        if allowed { Ok(None) } else { Err(Errno::EACCES) }
     }
 }
 
@@ -223,10 +222,19 @@ impl Filesystem for Glue {
     }
 
     fn open(&self, request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match self.open_at(request, number, flags) {
-            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO),
-            Err(errno) => reply.error(errno),
-        }
+        let path = match self.open_at(number, flags) {
+            Ok(Some(path)) => path,
+            Ok(None) => return reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
+            Err(errno) => return reply.error(errno),
+        };
+        let (shared, caller) = (self.shared.clone(), request.pid());
+        std::thread::spawn(move || {
+            let opener = opener(caller);
+            match shared.call(caller, |kernel| kernel.open(&path, &opener)) {
+                Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO),
+                Err(errno) => reply.error(fuse_errno(errno)),
+            }
+        });
     }
 
     /// `lookup_open` (`fs/namei.c`) where a directory makes no files, as none here does.
@@ -285,11 +293,18 @@ impl Filesystem for Glue {
             }
             Err(Stop::Errno(errno)) => reply.error(fuse_errno(errno)),
             // Reads hardly ever sleep, and get a thread of their own when they do.
-            Err(Stop::Held(_) | Stop::Forever) => {
-                let shared = self.shared.clone();
+            Err(stop) => {
+                let (shared, caller) = (self.shared.clone(), request.pid());
                 std::thread::spawn(move || {
-                    shared.until_the_end();
-                    reply.error(Errno::EIO);
+                    let mut stop = Some(stop);
+                    let again = shared.call(caller, |kernel| match stop.take() {
+                        Some(stop) => Err(stop),
+                        None => kernel.read(&path),
+                    });
+                    match again {
+                        Ok(bytes) => reply.data(&bytes),
+                        Err(errno) => reply.error(fuse_errno(errno)),
+                    }
                 });
             }
         }
@@ -297,7 +312,7 @@ impl Filesystem for Glue {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         _: u64,
@@ -311,13 +326,15 @@ impl Filesystem for Glue {
             Ok(path) => path,
             Err(errno) => return reply.error(errno),
         };
-        let (shared, data) = (self.shared.clone(), data.to_vec());
-        std::thread::spawn(move || match shared.call(|kernel| kernel.write(&path, &data)) {
-            Ok(pause) => {
-                std::thread::sleep(pause);
-                reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX));
+        let (shared, data, caller) = (self.shared.clone(), data.to_vec(), request.pid());
+        std::thread::spawn(move || {
+            match shared.call(caller, |kernel| kernel.write(&path, &data)) {
+                Ok(pause) => {
+                    std::thread::sleep(pause);
+                    reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX));
+                }
+                Err(errno) => reply.error(fuse_errno(errno)),
             }
-            Err(errno) => reply.error(fuse_errno(errno)),
         });
     }
 

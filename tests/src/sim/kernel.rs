@@ -74,8 +74,10 @@ pub enum Stop {
     /// It sleeps until this node is closed by all who have it open, and is then to be tried again.
     /// Nothing has changed.
     Held(String),
-    /// It sleeps for ever.
+    /// It sleeps for ever, or until it is let go and then to be tried again.
     Forever,
+    /// Whoever wants it is killed meanwhile.
+    Killed,
 }
 
 impl From<Errno> for Stop {
@@ -94,7 +96,7 @@ pub struct Written {
     pub path: String,
     /// What was written.
     pub value: String,
-    /// How it ended; `None` if it never will.
+    /// How it ended; `None` if it never will, or if its writer never heard.
     pub result: Option<Result<(), Errno>>,
 }
 
@@ -183,6 +185,11 @@ impl Kernel {
     /// Arms a fault.
     pub fn arm(&mut self, fault: Fault) {
         self.faults.arm(fault);
+    }
+
+    /// Forgets the faults that have not struck.
+    pub fn disarm(&mut self) {
+        self.faults.disarm();
     }
 
     /// The writes seen so far.

@@ -104,6 +104,21 @@ impl Sim {
         self.shared.with(|kernel| kernel.arm(fault));
     }
 
+    /// Forgets the faults that have not struck.
+    pub fn disarm(&self) {
+        self.shared.with(Kernel::disarm);
+    }
+
+    /// Whether somebody is blocked for ever.
+    pub fn is_blocked(&self) -> bool {
+        self.shared.is_blocked()
+    }
+
+    /// Has done, now, what would have blocked for ever.
+    pub fn let_go(&self) {
+        self.shared.let_go();
+    }
+
     /// Plugs a described function in.
     pub fn plug(&self, address: PciAddress) -> Result<(), Errno> {
         self.shared.with(|kernel| kernel.plug(address))

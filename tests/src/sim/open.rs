@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use nix::errno::Errno;
 
-use super::kernel::Kernel;
+use super::fault::Operation;
+use super::kernel::{Kernel, Stop};
 
 /// A process that opens something.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,14 +36,21 @@ impl Open {
 
 impl Kernel {
     /// Opens a node below `dev`. A group's can be open once, as `vfio_group_fops_open` has it.
-    pub fn open(&mut self, path: &str, opener: Opener) -> Result<u64, Errno> {
-        let group = path.strip_prefix("dev/vfio/").is_some_and(|name| name.parse::<u32>().is_ok());
-        if group && self.open.has(path) {
-            return Err(Errno::EBUSY);
+    pub fn open(&mut self, path: &str, opener: &Opener) -> Result<u64, Stop> {
+        let group = path.strip_prefix("dev/vfio/").and_then(|name| name.parse::<u32>().ok());
+        let device = group.and_then(|group| self.groups.get(&group)?.first().copied());
+        let handle = self.or_fault(Operation::Open, device, 0, |kernel| {
+            if group.is_some() && kernel.open.has(path) {
+                return Err(Errno::EBUSY.into());
+            }
+            kernel.open.last += 1;
+            kernel.open.nodes.insert(kernel.open.last, (path.to_owned(), opener.clone()));
+            Ok(kernel.open.last)
+        });
+        if handle == Err(Stop::Killed) {
+            self.open.nodes.retain(|_, (_, other)| other != opener);
         }
-        self.open.last += 1;
-        self.open.nodes.insert(self.open.last, (path.to_owned(), opener));
-        Ok(self.open.last)
+        handle
     }
 
     /// Closes what was opened.

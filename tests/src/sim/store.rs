@@ -6,7 +6,7 @@ use std::time::Duration;
 use libvfio::address::PciAddress;
 use nix::errno::Errno;
 
-use super::fault::{Effect, Operation};
+use super::fault::Operation;
 use super::kernel::{Answer, Kernel, Stop, Written};
 use super::text;
 
@@ -23,7 +23,7 @@ impl Kernel {
         let result = match &answer {
             Ok(_) => Some(Ok(())),
             Err(Stop::Errno(errno)) => Some(Err(*errno)),
-            Err(Stop::Forever) => None,
+            Err(Stop::Forever | Stop::Killed) => None,
             Err(Stop::Held(_)) => return answer,
         };
         self.journal.push(Written { path: path.to_owned(), value, result });
@@ -34,28 +34,11 @@ impl Kernel {
         let Some((operation, device)) = self.operation(path, text) else {
             return self.store(path, text);
         };
-        match self.faults.strike(operation, device) {
-            None => self.store(path, text),
-            Some(Effect::Errno(errno)) => Err(errno.into()),
-            Some(Effect::SucceedWithoutEffect) => NOW,
-            Some(Effect::BlockForever) => Err(Stop::Forever),
-            Some(Effect::Vanish) => {
-                self.unplug(device)?;
-                Err(Errno::ENODEV.into())
-            }
-            Some(Effect::BindOther(driver)) => {
-                if !matches!(operation, Operation::Bind | Operation::Probe) {
-                    self.store(path, text)?;
-                }
-                self.drop_driver(device);
-                self.attach(device, &driver)?;
-                NOW
-            }
-        }
+        self.or_fault(operation, device, Duration::ZERO, |kernel| kernel.store(path, text))
     }
 
-    /// What a write amounts to, and on which function.
-    fn operation(&self, path: &str, text: &str) -> Option<(Operation, PciAddress)> {
+    /// What a write amounts to, and on which function, if on one.
+    fn operation(&self, path: &str, text: &str) -> Option<(Operation, Option<PciAddress>)> {
         if let Some((device, attribute)) = self.attribute_at(path) {
             let operation = match attribute {
                 "driver_override" => Operation::Override,
@@ -65,20 +48,23 @@ impl Kernel {
                 "remove" => Operation::Remove,
                 _ => return None,
             };
-            return Some((operation, device));
+            return Some((operation, Some(device)));
         }
         let parts: Vec<&str> = path.split('/').collect();
         match parts.as_slice() {
             ["proc", "driver", "nvidia", "gpus", device, "unbindLock"] => {
-                Some((Operation::UnbindLock, self.find(device)?))
+                Some((Operation::UnbindLock, Some(self.find(device)?)))
             }
-            ["sys", "bus", "pci", "drivers_probe"] => Some((Operation::Probe, self.find(text)?)),
+            ["sys", "bus", "pci", "drivers_probe"] => {
+                Some((Operation::Probe, Some(self.find(text)?)))
+            }
             ["sys", "bus", "pci", "drivers", _, "bind"] => {
-                Some((Operation::Bind, self.find(text)?))
+                Some((Operation::Bind, Some(self.find(text)?)))
             }
             ["sys", "bus", "pci", "drivers", _, "unbind"] => {
-                Some((Operation::Unbind, self.find(text)?))
+                Some((Operation::Unbind, Some(self.find(text)?)))
             }
+            ["sim", "load-module"] => Some((Operation::LoadModule, None)),
             _ => None,
         }
     }

@@ -5,7 +5,7 @@ use libvfio::address::PciAddress;
 use nix::errno::Errno;
 
 use super::attributes::{ATTRIBUTES, Attribute};
-use super::fault::{Effect, Operation};
+use super::fault::Operation;
 use super::kernel::{Device, Kernel, Stop};
 
 /// What is at a path.
@@ -154,22 +154,15 @@ impl Kernel {
 
     /// What a file reads.
     pub fn read(&mut self, path: &str) -> Result<Vec<u8>, Stop> {
-        if let Some((address, ..)) = self.device_at(path) {
-            match self.faults.strike(Operation::Read, address) {
-                None => {}
-                Some(Effect::Errno(errno)) => return Err(errno.into()),
-                Some(Effect::SucceedWithoutEffect) => return Ok(Vec::new()),
-                Some(Effect::BlockForever) => return Err(Stop::Forever),
-                Some(Effect::BindOther(driver)) => {
-                    self.drop_driver(address);
-                    self.attach(address, &driver)?;
-                }
-                Some(Effect::Vanish) => {
-                    self.unplug(address)?;
-                    return Err(Errno::ENODEV.into());
-                }
-            }
+        match self.device_at(path).map(|(address, ..)| address) {
+            Some(address) => self.or_fault(Operation::Read, Some(address), Vec::new(), |kernel| {
+                kernel.read_whole(path)
+            }),
+            None => self.read_whole(path),
         }
+    }
+
+    fn read_whole(&self, path: &str) -> Result<Vec<u8>, Stop> {
         // VFIO's nodes have no read of their own; what else is not there was when it was opened.
         let node = self.entry(path) == Some(Entry::Node);
         self.shown(path).ok_or(Stop::Errno(if node { Errno::EINVAL } else { Errno::ENODEV }))

@@ -1,10 +1,13 @@
 //! A simulated kernel shared by many callers, each of whom waits as long as the kernel makes it:
-//! for ever, until somebody closes a node, or not at all. Decides nothing itself.
+//! for ever, until somebody closes a node, or not at all. Kills a caller whom a fault is to kill.
+//! Decides nothing itself.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::event::Uevent;
 use super::kernel::{Kernel, Stop};
@@ -21,6 +24,10 @@ pub(super) struct Shared {
 struct State {
     kernel: Kernel,
     ended: bool,
+    /// How often those were let go who wait for ever.
+    let_go: u64,
+    /// How many wait for ever.
+    blocked: u32,
     /// Who gets events as they happen.
     subscriber: Option<Sender<Uevent>>,
 }
@@ -39,7 +46,7 @@ impl State {
 
 impl Shared {
     pub(super) fn new(kernel: Kernel) -> Self {
-        let state = State { kernel, ended: false, subscriber: None };
+        let state = State { kernel, ended: false, let_go: 0, blocked: 0, subscriber: None };
         Self { kernel: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -66,14 +73,26 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Whether somebody waits for ever.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.lock().blocked > 0
+    }
+
+    /// Has done what would have waited for ever until now.
+    pub(super) fn let_go(&self) {
+        self.lock().let_go += 1;
+        self.changed.notify_all();
+    }
+
     /// A test that panics while it looks at the kernel leaves it as it was.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.kernel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does something for as long as it sleeps.
+    /// Does something for a process, for as long as it sleeps.
     pub(super) fn call<T>(
         &self,
+        caller: u32,
         mut act: impl FnMut(&mut Kernel) -> Result<T, Stop>,
     ) -> Result<T, Errno> {
         let mut state = self.lock();
@@ -86,19 +105,24 @@ impl Shared {
                 Err(Stop::Held(_)) if !state.ended => state = self.wait(state),
                 Err(Stop::Held(_)) => return Err(Errno::EIO),
                 Err(Stop::Forever) => {
-                    drop(state);
-                    self.until_the_end();
-                    return Err(Errno::EIO);
+                    let before = state.let_go;
+                    state.blocked += 1;
+                    while !state.ended && state.let_go == before {
+                        state = self.wait(state);
+                    }
+                    state.blocked -= 1;
+                    if state.ended {
+                        return Err(Errno::EIO);
+                    }
+                }
+                Err(Stop::Killed) => {
+                    // 0 would be us and all around us.
+                    if let Some(caller) = i32::try_from(caller).ok().filter(|caller| *caller > 0) {
+                        let _ = kill(Pid::from_raw(caller), Signal::SIGKILL);
+                    }
+                    return Err(Errno::EINTR);
                 }
             }
-        }
-    }
-
-    /// For ever, as far as the caller can see.
-    pub(super) fn until_the_end(&self) {
-        let mut state = self.lock();
-        while !state.ended {
-            state = self.wait(state);
         }
     }
 

@@ -14,6 +14,7 @@ use libvfio::step::Step;
 use tracing::{error, info, warn};
 
 use super::{Around, Broker, Change, Data, Property, Reply, internal, plan_within};
+use crate::crash;
 use crate::history::{self, Event};
 use crate::lease::{Bound, Found, Lease, Recorded, State};
 use crate::owner::Process;
@@ -82,7 +83,10 @@ impl Broker {
         }
         let found = self.look_around(request)?;
         let mut data = self.data();
-        let plan = match plan_within(&data, request, found) {
+        crash::point("before a request is judged");
+        let plan = plan_within(&data, request, found);
+        crash::point("after a request was judged");
+        let plan = match plan {
             Ok(plan) => plan,
             Err(refusal) => return Ok(Err(refusal)),
         };

@@ -12,7 +12,8 @@ use libvfio::inventory::Inventory;
 use libvfio::pci::{self, Sriov};
 use libvfio::plan::{self, Plan, Reason, Refusal};
 use libvfio::protection::Use;
-use tracing::info;
+use libvfio::step::Step;
+use tracing::{info, warn};
 
 use super::leasing::{Late, done, new_lease};
 use super::{Broker, Data, Reply, circumstances};
@@ -84,11 +85,29 @@ impl Broker {
         if let Err(stopped) = walked {
             return reply.give(Err(self.give_up(&walk, lease, device, &stopped)));
         }
+        self.remember_autoprobe(&lease);
         let task = lease.task.clone().unwrap_or_default();
         info!(%device, user = lease.owner, task, "virtual functions changed: {}", done(&lease.forward));
         self.note(&lease, Event::VirtualFunctions, &task);
         self.close(lease, &[], None);
         reply.give(Ok(()));
+    }
+
+    /// Remembers whose autoprobe was turned off, to turn it on again with the last one.
+    fn remember_autoprobe(&self, lease: &Lease) {
+        let mut data = self.data();
+        for recorded in &lease.forward {
+            match recorded.step {
+                Step::SetAutoprobe { device, to: false, .. } => data.autoprobe_off.insert(device),
+                Step::SetAutoprobe { device, to: true, .. } => data.autoprobe_off.remove(&device),
+                _ => continue,
+            };
+        }
+        let functions = data.autoprobe_off.clone();
+        drop(data);
+        if let Err(error) = self.walker.ledger.write_autoprobe_off(&functions) {
+            warn!(%error, "whose autoprobe is off will be forgotten with this daemon");
+        }
     }
 
     fn give_up(

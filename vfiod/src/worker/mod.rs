@@ -27,6 +27,8 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::crash;
+
 pub use deadlines::{Deadline, Deadlines};
 pub use reader::Reader;
 pub use serve::serve;
@@ -170,6 +172,7 @@ impl Worker {
             .arg(root)
             .stdin(theirs)
             .stdout(Stdio::null())
+            .env_remove(crash::VARIABLE)
             // Whoever interrupts the daemon at a terminal does not mean a step half done.
             .process_group(0)
             .spawn()

@@ -253,7 +253,7 @@ pub(crate) enum VfAction {
     /// Set how many virtual functions a physical one has; 0 removes all
     ///
     /// The kernel removes all before it makes others, so this is refused while any of them is
-    /// leased, held or used. Host drivers are kept from the new ones.
+    /// leased, held or used. Host drivers are kept from them until the last has gone.
     Set {
         /// The physical function
         #[arg(value_name = "PF")]

@@ -1,0 +1,184 @@
+//! A simulated host with another tenant's lease on it, brokers that come and go, and what must be
+//! so between them. Starts processes; touches its own host and records.
+
+use std::collections::BTreeMap;
+use std::io::{self, Seek};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use libvfio::address::PciAddress;
+use libvfio::pci::Binding;
+use tempfile::TempDir;
+use vfiod::lease::{Lease, State};
+use vfiod::ledger::Ledger;
+
+use super::BYSTANDER;
+use crate::sim::{Described, Sim, WORKSTATION};
+
+/// A card with virtual functions.
+const CARD: &str = include_str!("card.toml");
+
+/// A host, its records, and how it was booted.
+#[derive(Debug)]
+pub struct Ground {
+    /// The host.
+    pub sim: Sim,
+    program: PathBuf,
+    records: TempDir,
+    before: BTreeMap<PciAddress, Binding>,
+    /// The other tenant's lease, which nothing may touch.
+    bystander: Option<Lease>,
+}
+
+/// What became of a broker.
+#[derive(Debug)]
+pub struct Done {
+    /// Whether it was killed.
+    pub killed: bool,
+    /// Whether it did what it was to do.
+    pub well: bool,
+    /// What it said.
+    pub said: String,
+}
+
+impl Done {
+    /// The places at which it could have been killed, in their order.
+    pub fn places(&self) -> Vec<String> {
+        let place =
+            |line: &str| Some(line.strip_prefix("crash point ")?.split_once(": ")?.1.into());
+        self.said.lines().filter_map(place).collect()
+    }
+}
+
+impl Ground {
+    /// A host where another tenant has a lease, so `vfio-pci` is loaded. `program` is `trial`.
+    pub fn new(program: &str) -> Result<Self> {
+        let mut ground = Self::unloaded(program)?;
+        ensure!(ground.run(&["attach", BYSTANDER, "bob"], 0)?.well, "the bystander has no lease");
+        ground.bystander = ground.leases()?.pop();
+        // What its attachment has changed stays so.
+        ground.before = ground.bindings()?;
+        Ok(ground)
+    }
+
+    /// A host without any lease, where `vfio-pci` is yet to be loaded.
+    pub fn unloaded(program: &str) -> Result<Self> {
+        let loaded = "name = \"vfio-pci\"\n";
+        ensure!(WORKSTATION.contains(loaded), "the workstation has no vfio-pci");
+        let host = WORKSTATION.replace(loaded, &format!("{loaded}loaded = false\n"));
+        let sim = Sim::mount(&Described::parse(&format!("{host}\n{CARD}"))?)?;
+        let autoprobe = sim.function("0000:07:00.0".parse()?).join("sriov_drivers_autoprobe");
+        std::fs::write(autoprobe, "0")?;
+        // As the real ones are, in memory.
+        let memory = Path::new("/dev/shm");
+        let records = if memory.is_dir() { TempDir::new_in(memory)? } else { TempDir::new()? };
+        let (program, before) = (program.into(), BTreeMap::new());
+        let mut ground = Self { sim, program, records, before, bystander: None };
+        ground.before = ground.bindings()?;
+        Ok(ground)
+    }
+
+    /// The records' directory.
+    pub fn records(&self) -> &Path {
+        self.records.path()
+    }
+
+    /// Runs a broker that does one thing, and is killed at the `crash`th place if it gets there.
+    pub fn run(&self, what: &[&str], crash: u32) -> Result<Done> {
+        // Not a pipe: a worker that outlives its broker keeps that open.
+        let mut said = tempfile::tempfile()?;
+        let mut broker = self.broker();
+        broker.args(what).env("VFIOD_CRASH_AT", crash.to_string()).stderr(said.try_clone()?);
+        let status = broker.status()?;
+        said.rewind()?;
+        let said = io::read_to_string(said)?;
+        Ok(Done { killed: status.code().is_none(), well: status.success(), said })
+    }
+
+    /// The command that starts a broker, without what it is to do.
+    pub fn broker(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg(self.sim.root()).arg(self.records.path());
+        command
+    }
+
+    fn bindings(&self) -> Result<BTreeMap<PciAddress, Binding>> {
+        let host = self.sim.host();
+        let names = host.sys("bus/pci/devices").list()?;
+        let addresses = names.iter().filter_map(|name| name.parse().ok());
+        addresses.map(|at: PciAddress| Ok((at, Binding::read(&host, at)?))).collect()
+    }
+
+    /// The ledger.
+    pub fn ledger(&self) -> Result<Ledger> {
+        Ok(Ledger::open(self.records.path().join("leases"))?)
+    }
+
+    fn leases(&self) -> Result<Vec<Lease>> {
+        Ok(self.ledger()?.load()?.leases)
+    }
+
+    /// The leases on record, but for the bystander's, which must be as it was.
+    pub fn others(&self) -> Result<Vec<Lease>> {
+        let mut leases = self.leases()?;
+        if let Some(bystander) = &self.bystander {
+            let place = leases.iter().position(|lease| lease.id == bystander.id);
+            let found = leases.remove(place.context("the bystander's lease is lost")?);
+            ensure!(found == *bystander, "the bystander's lease changed: {found:?}");
+        }
+        Ok(leases)
+    }
+
+    /// What must be so when no broker is at anything: every device is as before or fully leased and
+    /// on record; no lease is double, none on its way; all else is untouched. Functions `gone` may
+    /// have gone. The leases, but for the bystander's.
+    pub fn check(&self, gone: &[PciAddress]) -> Result<Vec<Lease>> {
+        let (leases, now) = (self.others()?, self.bindings()?);
+        let mut holders: BTreeMap<PciAddress, &Lease> = BTreeMap::new();
+        for lease in &leases {
+            match lease.state {
+                State::Active => {}
+                State::Failed => continue,
+                _ => bail!("lease {} is {}", lease.id, lease.state.name()),
+            }
+            for device in lease.devices.keys() {
+                ensure!(holders.insert(*device, lease).is_none(), "{device} is leased twice");
+            }
+        }
+        for (device, before) in &self.before {
+            match (now.get(device), holders.get(device)) {
+                (None, _) => ensure!(gone.contains(device), "{device} has gone"),
+                (Some(now), None) => {
+                    ensure!(now == before, "{device} was {before:?} and is {now:?}");
+                }
+                (Some(now), Some(lease)) => {
+                    let full = lease.forward.iter().all(|step| step.outcome.is_some());
+                    let vfio = Some("vfio-pci");
+                    let ready = (now.driver.as_deref(), now.driver_override.as_deref());
+                    ensure!(full && ready == (vfio, vfio), "{device} is leased and {now:?}");
+                    ensure!(lease.devices[device].before == *before, "its way home is lost");
+                }
+            }
+        }
+        Ok(leases)
+    }
+
+    /// Ends all leases but the bystander's. Then everything must be as it was.
+    pub fn restore(&self, gone: &[PciAddress]) -> Result<()> {
+        for lease in self.check(gone)? {
+            let done = self.run(&["release", &lease.id], 0)?;
+            ensure!(done.well, "cannot release: {}", done.said);
+        }
+        let left = self.check(gone)?;
+        ensure!(left.is_empty(), "{} leases are left", left.len());
+        Ok(())
+    }
+
+    /// Whether another case may have it. A loaded module stays, and what has gone stays away.
+    pub fn is_as_booted(&self) -> bool {
+        let same = self.bindings().is_ok_and(|now| now == self.before);
+        self.sim.disarm();
+        self.bystander.is_some() && same
+    }
+}

@@ -1,0 +1,21 @@
+//! What must be so of leases and devices whatever became of the broker, its workers and the kernel.
+//! Looks from outside: at the simulated host's files and at the records, while no broker runs.
+
+mod cases;
+mod ground;
+mod steps;
+
+pub use cases::{count, each, told};
+pub use ground::{Done, Ground};
+pub use steps::{Place, places};
+
+/// The functions of the graphics card, in one group.
+pub const GPU: [&str; 2] = ["0000:01:00.0", "0000:01:00.1"];
+/// A virtual function whose physical function has `sriov_drivers_autoprobe` off.
+pub const VF: &str = "0000:07:10.0";
+/// Another one, with a group of its own.
+pub const OTHER_VF: &str = "0000:07:10.2";
+/// The root disk.
+pub const DISK: &str = "0000:02:00.0";
+/// A function that another tenant has while all this happens.
+pub const BYSTANDER: &str = "0000:00:14.0";

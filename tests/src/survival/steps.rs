@@ -1,0 +1,61 @@
+//! Where in the kernel each step of a lease strikes. Plain; touches nothing.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use libvfio::address::PciAddress;
+use libvfio::step::Step;
+
+use crate::sim::{Effect, Fault, Operation};
+
+/// A step, and the operation of the kernel that carries it out.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The step.
+    pub step: Step,
+    /// The operation.
+    pub on: Operation,
+    /// The function it is on, or that is to suffer for it.
+    pub device: PciAddress,
+    /// At which time, counted from 1.
+    pub nth: u32,
+}
+
+impl Place {
+    /// Something that goes wrong there.
+    pub fn fault(&self, effect: Effect) -> Fault {
+        Fault { on: self.on, device: Some(self.device), nth: self.nth, effect }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.step)
+    }
+}
+
+/// The places of steps that are carried out in this order. Those of no function are the concern of
+/// `first`, the lowest of the lease.
+pub fn places<'a>(steps: impl IntoIterator<Item = &'a Step>, first: PciAddress) -> Vec<Place> {
+    let mut times: BTreeMap<(&str, PciAddress), u32> = BTreeMap::new();
+    let place = |step: &Step| {
+        let on = match step {
+            Step::LoadModule { .. } => Operation::LoadModule,
+            Step::UnbindLock { .. } => Operation::UnbindLock,
+            Step::Unbind { .. } => Operation::Unbind,
+            Step::SetOverride { .. } => Operation::Override,
+            Step::Bind { .. } => Operation::Bind,
+            Step::Reset { .. } => Operation::Reset,
+            Step::SetAutoprobe { .. } => Operation::Autoprobe,
+            Step::SetVirtualFunctions { .. } => Operation::NumVfs,
+            // Described hosts have no network.
+            Step::Shape { .. } => return None,
+            Step::CheckViable { .. } => Operation::Open,
+        };
+        let device = step.device().unwrap_or(first);
+        let nth = times.entry((step.name(), device)).or_default();
+        *nth += 1;
+        Some(Place { step: step.clone(), on, device, nth: *nth })
+    };
+    steps.into_iter().filter_map(place).collect()
+}
