@@ -31,8 +31,8 @@ pub struct HostRoot {
 /// Some attributes are read under their device's lock, which is held while a driver is unbound or
 /// VFs are removed; where that never returns, neither does the reader, not even by a signal.
 pub trait Patience: Debug + Send + Sync {
-    /// An attribute's text, or [`io::ErrorKind::TimedOut`].
-    fn read(&self, attribute: &Path) -> io::Result<String>;
+    /// The texts of attributes in one directory, or [`io::ErrorKind::TimedOut`].
+    fn read(&self, directory: &Path, names: &[&str]) -> io::Result<Vec<io::Result<String>>>;
 }
 
 impl HostRoot {
@@ -184,15 +184,25 @@ impl SysDir {
         }
     }
 
-    /// Like [`attr`](Self::attr), for an attribute that is read under its device's lock.
-    pub fn locked_attr(&self, name: &str) -> Result<Option<String>, Error> {
-        let Some(patience) = &self.patience else { return self.attr(name) };
-        let path = self.path.join(name);
-        match patience.read(&path) {
-            Ok(text) => Ok(Some(text.trim().to_owned())),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Error::io("read", &path)(e)),
-        }
+    /// Like [`attr`](Self::attr), for attributes that are read under their device's lock.
+    pub fn locked_attrs<const N: usize>(
+        &self,
+        names: [&str; N],
+    ) -> [Result<Option<String>, Error>; N] {
+        let Some(patience) = &self.patience else { return names.map(|name| self.attr(name)) };
+        let mut texts = match patience.read(&self.path, &names) {
+            Ok(texts) => texts.into_iter(),
+            Err(e) => {
+                let lost = |name: &str| Error::io("read", &self.path.join(name))(same(&e));
+                return names.map(|name| Err(lost(name)));
+            }
+        };
+        names.map(|name| match texts.next() {
+            Some(Ok(text)) => Ok(Some(text.trim().to_owned())),
+            Some(Err(e)) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Some(Err(e)) => Err(Error::io("read", &self.path.join(name))(e)),
+            None => Ok(None),
+        })
     }
 
     /// Opens a binary attribute that is read in parts; `None` if the kernel does not offer it.
@@ -247,6 +257,14 @@ impl SysDir {
 /// A text somebody else chose, without what a terminal would obey.
 pub(crate) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// An error once more, for another file.
+fn same(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
 }
 
 fn read(path: &Path) -> Result<Option<String>, Error> {

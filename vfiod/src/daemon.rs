@@ -142,7 +142,7 @@ async fn run(args: &Args) -> anyhow::Result<()> {
         "ready"
     );
     notify(&[sd_notify::NotifyState::Ready]);
-    follow(&broker, uevents, legible);
+    follow(&broker, workers.clone(), uevents, legible);
     // One reads while another carries out the first step.
     if let Err(error) = workers.prepare() {
         warn!(%error, "no worker could be started; it is tried again with the first step");
@@ -154,7 +154,12 @@ async fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Starts the threads that look at what changes, which run until the process ends.
-fn follow(broker: &Arc<Broker>, uevents: Uevents, legible: Receiver<PciAddress>) {
+fn follow(
+    broker: &Arc<Broker>,
+    workers: Arc<Workers>,
+    uevents: Uevents,
+    legible: Receiver<PciAddress>,
+) {
     let watching = broker.clone();
     std::thread::spawn(move || watch(&watching, &uevents));
     let reading = broker.clone();
@@ -164,6 +169,7 @@ fn follow(broker: &Arc<Broker>, uevents: Uevents, legible: Receiver<PciAddress>)
         loop {
             std::thread::sleep(LOOKING);
             looking.look_at_overrides();
+            workers.rest();
         }
     });
 }

@@ -213,11 +213,13 @@ impl Walk<'_> {
     pub fn carry_out(&self, lease: &mut Lease, step: &Step) -> Result<Done, Stopped> {
         let lost = |source| Stopped::Lost { step: step.clone(), source };
         let limit = self.walker.means.deadlines.of(step);
+        let turn = self.walker.means.workers.turn();
         crash::point("before a step");
         let call = self.walker.means.workers.step(step, self.lock.as_ref()).map_err(lost)?;
         let (carried, late): (Carried, _) = match call.carried(Some(limit)).map_err(lost)? {
             Ok(carried) => (carried, None),
             Err(call) => {
+                drop(turn);
                 self.watcher.late(lease, step, limit);
                 let carried = call.carried(None);
                 self.watcher.loose(lease);

@@ -151,7 +151,9 @@ impl Binding {
     /// Reads the binding of a function from the kernel, now.
     pub fn read(host: &HostRoot, address: PciAddress) -> Result<Self, Error> {
         let dir = host.function(address);
-        Ok(Self { driver: dir.link_name("driver"), driver_override: driver_override(&dir)? })
+        let [driver_override] = dir.locked_attrs(["driver_override"]);
+        let driver_override = driver_override?.filter(|name| is_set(name));
+        Ok(Self { driver: dir.link_name("driver"), driver_override })
     }
 }
 
@@ -162,8 +164,11 @@ impl Function {
         let instance = dir.instance()?;
         let mut problems = Vec::new();
         let mut or_note = Noting(&mut problems);
-        // Some kernels show it under the device's lock (`uevent_show`, `drivers/base/core.c`).
-        let uevent = or_note.default(dir.locked_attr("uevent")).unwrap_or_default();
+        // Some kernels show this one under the device's lock too (`uevent_show`,
+        // `drivers/base/core.c`).
+        let [uevent, driver_override, numvfs] =
+            dir.locked_attrs(["uevent", "driver_override", "sriov_numvfs"]);
+        let uevent = or_note.default(uevent).unwrap_or_default();
         let config = config::parse(&or_note.default(read_config(&dir)));
         let mut function = Self {
             address,
@@ -192,7 +197,7 @@ impl Function {
             problems: Vec::new(),
         };
         problems.extend(function.config.problems.iter().map(ToString::to_string));
-        function.read_changing(&dir, &mut problems);
+        function.read_changing(&dir, driver_override, numvfs, &mut problems);
         Some(Self { problems, ..function })
     }
 
@@ -207,24 +212,31 @@ impl Function {
         let mut problems = Vec::new();
         let header = Noting(&mut problems).default(read_header(&dir));
         now.config.alive = header.iter().any(|byte| *byte != 0xff);
-        now.read_changing(&dir, &mut problems);
+        let [driver_override, numvfs] = dir.locked_attrs(["driver_override", "sriov_numvfs"]);
+        now.read_changing(&dir, driver_override, numvfs, &mut problems);
         Some(Self { problems, ..now })
     }
 
-    fn read_changing(&mut self, dir: &SysDir, problems: &mut Vec<String>) {
+    /// The two attributes were read together, for that takes another process where it may take long.
+    fn read_changing(
+        &mut self,
+        dir: &SysDir,
+        driver_override: Attribute,
+        numvfs: Attribute,
+        problems: &mut Vec<String>,
+    ) {
         let mut or_note = Noting(problems);
         self.driver = dir.link_name("driver");
-        let found = driver_override(dir);
-        self.stuck = found.as_ref().is_err_and(Error::timed_out);
-        self.driver_override = or_note.default(found);
+        self.stuck = driver_override.as_ref().is_err_and(Error::timed_out);
+        self.driver_override = or_note.default(driver_override).filter(|name| is_set(name));
         let vfio_devices = self.driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
         self.vfio_device = vfio_devices.and_then(|names| names.into_iter().next());
         self.iommu_group = dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n));
         self.power_state = or_note.default(dir.attr("power_state"));
         self.sriov = match self.sriov {
-            Sriov::None => Sriov::read(dir, &self.config, &mut or_note),
+            Sriov::None => Sriov::read(dir, &self.config, numvfs, &mut or_note),
             // What the hardware has does not change, nor whose VF it is.
-            Sriov::Physical { .. } => self.sriov.reread(dir, &mut or_note),
+            Sriov::Physical { .. } => self.sriov.reread(dir, numvfs, &mut or_note),
             Sriov::Virtual { physical } => Sriov::Virtual { physical },
         };
     }
@@ -303,7 +315,7 @@ impl Ids {
 }
 
 impl Sriov {
-    fn read(dir: &SysDir, config: &ConfigSpace, note: &mut Noting<'_>) -> Self {
+    fn read(dir: &SysDir, config: &ConfigSpace, numvfs: Attribute, note: &mut Noting<'_>) -> Self {
         if let Some(physical) = dir.link_name("physfn").and_then(|name| name.parse().ok()) {
             return Self::Virtual { physical };
         }
@@ -311,7 +323,7 @@ impl Sriov {
         if config.coverage > 256 && config.sriov().is_none() {
             return Self::None;
         }
-        let enabled = note.default(dir.locked_attr("sriov_numvfs"));
+        let enabled = note.default(numvfs);
         let enabled = enabled.and_then(|text| note.parse("sriov_numvfs", &text));
         let mut number = |name| {
             let text = note.default(dir.attr(name))?;
@@ -328,10 +340,10 @@ impl Sriov {
     }
 
     /// A physical function as it is now, given how it was.
-    fn reread(&self, dir: &SysDir, note: &mut Noting<'_>) -> Self {
+    fn reread(&self, dir: &SysDir, numvfs: Attribute, note: &mut Noting<'_>) -> Self {
         let mut now = self.clone();
         if let Self::Physical { enabled, autoprobe, .. } = &mut now {
-            let text = note.default(dir.locked_attr("sriov_numvfs"));
+            let text = note.default(numvfs);
             *enabled = text.and_then(|text| note.parse("sriov_numvfs", &text)).unwrap_or(0);
             *autoprobe = sriov_autoprobe(dir, note);
         }
@@ -396,11 +408,13 @@ fn read_header(dir: &SysDir) -> Result<[u8; 8], Error> {
     Ok(header)
 }
 
-/// The kernel shows an unset override as `(null)`, under the device's lock
-/// (`driver_override_show`, `drivers/pci/pci-sysfs.c`).
-fn driver_override(dir: &SysDir) -> Result<Option<String>, Error> {
-    let text = dir.locked_attr("driver_override")?;
-    Ok(text.filter(|name| !name.is_empty() && name != "(null)"))
+/// What an attribute reads; none if the kernel does not offer it.
+type Attribute = Result<Option<String>, Error>;
+
+/// Whether `driver_override` reads a name. It is shown under the device's lock, and as `(null)` if
+/// there is none (`driver_override_show`, `drivers/pci/pci-sysfs.c`).
+fn is_set(text: &str) -> bool {
+    !text.is_empty() && text != "(null)"
 }
 
 fn uevent_value<'a>(uevent: &'a str, key: &str) -> Option<&'a str> {

@@ -7,6 +7,7 @@
 mod deadlines;
 mod reader;
 mod serve;
+mod turns;
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -27,14 +28,22 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use turns::Turns;
+
 use crate::crash;
 
 pub use deadlines::{Deadline, Deadlines};
 pub use reader::Reader;
 pub use serve::serve;
+pub use turns::Turn;
 
 /// Most workers that are kept for the next request: to start one takes longer than most requests.
 const MOST_IDLE: usize = 16;
+/// How many of them are kept when nothing happens.
+const FEW_IDLE: usize = 2;
+/// Most steps that are carried out at a time. More processes than that only wait for each other, and
+/// one that is late counts no more.
+const MOST_STEPPING: usize = 16;
 /// Longest request or answer, in bytes: a page of an attribute as JSON, or a step and what became
 /// of it.
 const LONGEST: usize = 64 << 10;
@@ -45,8 +54,8 @@ const LONGEST: usize = 64 << 10;
 enum Request {
     /// Carry a step out. A descriptor that holds the lease's lock comes with it.
     Step(Step),
-    /// Read an attribute.
-    Read(PathBuf),
+    /// Read attributes.
+    Read(Vec<PathBuf>),
     /// Read the network settings of a virtual function.
     Shape(PciAddress),
 }
@@ -60,6 +69,7 @@ pub struct Workers {
     program: PathBuf,
     root: PathBuf,
     idle: Mutex<Vec<Worker>>,
+    stepping: Turns,
 }
 
 /// A process and the socket to it. Ends with it.
@@ -80,7 +90,17 @@ pub struct Call {
 impl Workers {
     /// Workers of the host below `root`. `program worker --root ROOT` is to call [`serve`].
     pub fn new(program: impl Into<PathBuf>, root: impl Into<PathBuf>) -> Self {
-        Self { program: program.into(), root: root.into(), idle: Mutex::default() }
+        Self {
+            program: program.into(),
+            root: root.into(),
+            idle: Mutex::default(),
+            stepping: Turns::new(MOST_STEPPING),
+        }
+    }
+
+    /// Waits until a step may be carried out.
+    pub fn turn(&self) -> Turn<'_> {
+        self.stepping.take()
     }
 
     /// Has a step carried out by a process that keeps `lock` open until it is.
@@ -89,8 +109,8 @@ impl Workers {
         self.ask(&Request::Step(step.clone()), lock.as_slice())
     }
 
-    fn read(self: &Arc<Self>, attribute: &Path) -> io::Result<Call> {
-        self.ask(&Request::Read(attribute.to_owned()), &[])
+    fn read(self: &Arc<Self>, attributes: Vec<PathBuf>) -> io::Result<Call> {
+        self.ask(&Request::Read(attributes), &[])
     }
 
     /// Reads the network settings of a virtual function, for `limit` at most. The kernel holds the
@@ -129,6 +149,15 @@ impl Workers {
         let worker = Worker::start(&self.program, &self.root)?;
         self.idle().push(worker);
         Ok(())
+    }
+
+    /// Ends most of the workers that have nothing to do; to be called now and then.
+    pub fn rest(&self) {
+        let mut idle = self.idle();
+        let kept = idle.len().min(FEW_IDLE);
+        let ended = idle.split_off(kept);
+        drop(idle);
+        drop(ended);
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Worker>> {

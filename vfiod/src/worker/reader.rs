@@ -5,12 +5,13 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::host::Patience;
 
+use super::turns::Turns;
 use super::{Call, Workers};
 
 /// Most workers that read at a time. Without a bound, whoever calls often enough has the daemon
@@ -32,7 +33,13 @@ impl Reader {
     /// A reader that waits for `patience` at most. A function that can be read again after it could
     /// not be is told to `loose`.
     pub fn new(workers: Arc<Workers>, patience: Duration, loose: Sender<PciAddress>) -> Self {
-        Self { workers, patience, stuck: Arc::default(), turns: Arc::default(), loose }
+        Self {
+            workers,
+            patience,
+            stuck: Arc::default(),
+            turns: Arc::new(Turns::new(MOST_READING)),
+            loose,
+        }
     }
 
     fn stuck(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
@@ -40,44 +47,21 @@ impl Reader {
     }
 }
 
-/// Lets so many read at a time, and the others wait.
-#[derive(Debug, Default)]
-struct Turns {
-    taken: Mutex<usize>,
-    given: Condvar,
-}
-
-/// One's turn, until it is dropped.
-struct Turn<'a>(&'a Turns);
-
-impl Turns {
-    fn take(&self) -> Turn<'_> {
-        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = |taken: &mut usize| *taken >= MOST_READING;
-        *self.given.wait_while(taken, full).unwrap_or_else(PoisonError::into_inner) += 1;
-        Turn(self)
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.0.given.notify_one();
-    }
-}
-
-type Text = Result<String, i32>;
+type Texts = Vec<Result<String, i32>>;
 
 impl Patience for Reader {
-    fn read(&self, attribute: &Path) -> io::Result<String> {
-        let directory = attribute.parent().unwrap_or(attribute);
+    fn read(&self, directory: &Path, names: &[&str]) -> io::Result<Vec<io::Result<String>>> {
         // For as long as patience lasts at most: whoever is stuck is left alone and counts no more.
         let _turn = self.turns.take();
         if self.stuck().contains(directory) {
             return Err(lost());
         }
-        match self.workers.read(attribute)?.answer::<Text>(Some(self.patience))? {
-            Ok(text) => text.map_err(io::Error::from_raw_os_error),
+        let attributes = names.iter().map(|name| directory.join(name)).collect();
+        match self.workers.read(attributes)?.answer::<Texts>(Some(self.patience))? {
+            Ok(texts) => {
+                let texts = texts.into_iter();
+                Ok(texts.map(|text| text.map_err(io::Error::from_raw_os_error)).collect())
+            }
             Err(call) => {
                 self.stuck().insert(directory.to_owned());
                 let (reader, directory) = (self.clone(), directory.to_owned());
@@ -92,7 +76,7 @@ impl Reader {
     /// Waits however long it takes, and tells when the function can be read again.
     fn persist(&self, call: Call, directory: &Path) {
         // What was read is old by now.
-        let _ = call.answer::<Text>(None);
+        let _ = call.answer::<Texts>(None);
         self.stuck().remove(directory);
         if let Some(address) = directory.file_name().and_then(|n| n.to_str()?.parse().ok()) {
             // Nobody listens while the daemon shuts down.

@@ -3,7 +3,7 @@
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libvfio::host::{HostRoot, read_page};
 use libvfio::shape;
@@ -29,9 +29,11 @@ pub fn serve(root: &Path) -> io::Result<()> {
                 let read = shape::read(&host, device);
                 serde_json::to_vec(&read.map_err(|e| e.raw_os_error().unwrap_or_default()))?
             }
-            Request::Read(attribute) => {
-                let read = read_page(&attribute);
-                serde_json::to_vec(&read.map_err(|e| e.raw_os_error().unwrap_or_default()))?
+            Request::Read(attributes) => {
+                let read = |attribute: &PathBuf| {
+                    read_page(attribute).map_err(|e| e.raw_os_error().unwrap_or_default())
+                };
+                serde_json::to_vec(&attributes.iter().map(read).collect::<Vec<_>>())?
             }
         };
         drop(lock);
