@@ -55,14 +55,18 @@ pub(crate) fn directory(host: &HostRoot, function: PciAddress) -> Option<PathBuf
 }
 
 /// Device nodes of everything below a function, other functions aside: `DEVNAME` of each `uevent`
-/// (`dev_uevent`, `drivers/base/core.c`).
+/// (`dev_uevent`, `drivers/base/core.c`). The function itself has no node, and its own `uevent` may be
+/// shown under its lock.
 pub(crate) fn nodes(host: &HostRoot, function: PciAddress) -> Vec<PathBuf> {
+    let below = |dir: &SysDir| {
+        let names = dir.directories().into_iter().filter(|n| n.parse::<PciAddress>().is_err());
+        names.map(|name| dir.sub(&name)).collect::<Vec<_>>()
+    };
     let mut nodes = Vec::new();
-    let mut waiting = vec![host.function(function)];
+    let mut waiting = below(&host.function(function));
     while let Some(dir) = waiting.pop() {
         nodes.extend(node(&dir));
-        let deeper = dir.directories().into_iter().filter(|n| n.parse::<PciAddress>().is_err());
-        waiting.extend(deeper.map(|name| dir.sub(&name)));
+        waiting.extend(below(&dir));
     }
     nodes
 }

@@ -12,9 +12,11 @@ use std::sync::Once;
 /// If they are not there and cannot be built.
 pub fn directory() -> PathBuf {
     static BUILT: Once = Once::new();
+    let own = std::env::current_exe().expect("a program knows where it is");
+    let directory = own.parent().expect("cargo's directories");
     // Tests are in `deps` in the directory of the programs.
-    let test = std::env::current_exe().expect("a test knows where it is");
-    let directory = test.ancestors().nth(2).expect("cargo's directories").to_owned();
+    let above = directory.ends_with("deps").then(|| directory.parent()).flatten();
+    let directory = above.unwrap_or(directory).to_owned();
     BUILT.call_once(|| {
         if !["vfiod", "vfioctl", "vfiod-sim"].iter().all(|name| directory.join(name).exists()) {
             build(directory.ends_with("release"));

@@ -106,6 +106,34 @@ pub struct BenchRow {
     pub peer_ratios: BTreeMap<String, f64>,
 }
 
+impl BenchRow {
+    /// The row of some runs, beside nothing yet.
+    pub fn of(name: &str, unit: &str, runs: &[f64]) -> Self {
+        Self {
+            name: name.to_owned(),
+            unit: unit.to_owned(),
+            n: runs.len(),
+            median: median(runs),
+            min: runs.iter().copied().fold(f64::INFINITY, f64::min),
+            max: runs.iter().copied().fold(0.0, f64::max),
+            floor_ratio: None,
+            peer_ratios: BTreeMap::new(),
+        }
+    }
+}
+
+/// The median of at least one run.
+pub fn median(runs: &[f64]) -> f64 {
+    let mut sorted = runs.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.get(middle) {
+        None => 0.0,
+        Some(one) if sorted.len() % 2 == 1 => *one,
+        Some(upper) => f64::midpoint(sorted[middle - 1], *upper),
+    }
+}
+
 /// From the init of a guest in the lab to the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "kebab-case")]

@@ -104,7 +104,8 @@ impl Entry {
     pub fn of(lease: &Lease, event: Event, text: impl Into<String>) -> Self {
         Self {
             lease: Some(lease.id.clone()),
-            tenant: Some(lease.tenant.clone()),
+            // What the daemon does for itself is no tenant's.
+            tenant: lease.task.is_none().then(|| lease.tenant.clone()),
             vm: lease.vm.clone(),
             ..Self::now(event, lease.devices.keys().copied().collect(), text)
         }

@@ -1,23 +1,36 @@
-//! `cargo xtask bench`: the figures of the lab's `bench` scenario, as a table and as JSON.
+//! `cargo xtask bench`: the figures of the lab's `bench` scenario and of simulated hosts, as a table
+//! and as JSON.
 
 use std::fs::File;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use vfiod_tests::protocol::BenchRow;
 
-use crate::lab;
+use crate::{exec, lab, progress};
 
 /// Measures, prints a table, and writes the rows to `json` if it is given.
 pub(crate) fn run(json: Option<&Path>) -> Result<ExitCode> {
-    let rows = lab::bench()?;
+    let mut rows = lab::bench()?;
+    rows.extend(simulated()?);
     println!("{}", table(&rows));
     if let Some(path) = json {
         let file = File::create(path).with_context(|| path.display().to_string())?;
         serde_json::to_writer_pretty(file, &rows)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The figures of simulated hosts, with the programs that the lab was given.
+fn simulated() -> Result<Vec<BenchRow>> {
+    let measure = exec::build_measure()?;
+    let measured = progress::step("measuring simulated hosts", || {
+        let output = Command::new(&measure).stderr(Stdio::null()).output()?;
+        ensure!(output.status.success(), "{} ended with {}", measure.display(), output.status);
+        Ok(output.stdout)
+    })?;
+    serde_json::from_slice(&measured).context("the rows of simulated hosts")
 }
 
 fn table(rows: &[BenchRow]) -> String {

@@ -68,6 +68,15 @@ pub(crate) fn build_product() -> Result<Vec<PathBuf>> {
     })
 }
 
+/// Builds what measures simulated hosts.
+pub(crate) fn build_measure() -> Result<PathBuf> {
+    let built = progress::step("building what measures simulated hosts", || {
+        let package = ["build", "--release", "--package", "vfiod-tests", "--bin", "measure"];
+        build(cargo().args(package).args(["--no-default-features", "--features", "sim"]))
+    })?;
+    named(&built, "measure")
+}
+
 /// Builds what runs inside the lab.
 pub(crate) fn build_agent() -> Result<PathBuf> {
     let built = progress::step("building the lab's agent", || {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::link::Link;
+use super::product::{vfioctl, vfioctl_json};
 use super::sysfs::Snapshot;
 use super::{Lab, PAYLOAD, command, scenarios};
 use crate::protocol::{FromLab, ToLab};
@@ -63,9 +64,21 @@ fn journal(seconds: f64) -> Result<String> {
     Ok(format!("--- the daemon's journal\n{}", log.success()?))
 }
 
+/// A scenario that failed may have left leases, which are no concern of the next.
+fn release_all() -> Result<()> {
+    let leases = vfioctl_json(["leases"])?;
+    for id in leases.as_array().into_iter().flatten().filter_map(|lease| lease["id"].as_str()) {
+        vfioctl(["release", id])?;
+    }
+    Ok(())
+}
+
 fn run(lab: &mut Lab, name: &str, found: &Snapshot) -> Result<()> {
     let scenario = scenarios::find(name).ok_or_else(|| anyhow!("no scenario named {name}"))?;
     let outcome = scenario(lab);
+    if outcome.is_err() {
+        release_all().context("ending what leases there are")?;
+    }
     let differences = found.differences(&Snapshot::take()?);
     if differences.is_empty() {
         return outcome;

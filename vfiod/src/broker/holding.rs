@@ -13,13 +13,16 @@ use super::Broker;
 
 impl Broker {
     /// What keeps these functions with the host: what it does with them, and processes that hold
-    /// them. For none it looks at nothing.
+    /// them. For none it looks at nothing, and never at one that the kernel does not let go of: who
+    /// looks at that may not come back.
     pub(super) fn uses(&self, functions: &BTreeSet<PciAddress>) -> Result<Vec<Use>, Error> {
+        let inventory = self.inventory();
+        let functions = legible(&inventory, functions);
         if functions.is_empty() {
             return Ok(Vec::new());
         }
-        let mut uses = protection::uses(self.host(), functions)?;
-        uses.extend(holders::of_functions(self.host(), functions)?.iter().map(Use::from));
+        let mut uses = protection::uses(self.host(), &functions)?;
+        uses.extend(holders::of_functions(self.host(), &functions)?.iter().map(Use::from));
         Ok(uses)
     }
 
@@ -36,14 +39,21 @@ impl Broker {
                 .collect(),
             None => BTreeSet::from([device]),
         };
-        let holdings = holders::of_functions(self.host(), &functions)?;
-        let uses = protection::uses(self.host(), &functions)?;
+        let readable = legible(&inventory, &functions);
+        let holdings = holders::of_functions(self.host(), &readable)?;
+        let uses = protection::uses(self.host(), &readable)?;
         Ok(HoldersRecord {
             devices: functions.iter().map(ToString::to_string).collect(),
             holders: holdings.iter().map(HolderRecord::from).collect(),
             uses: uses.iter().map(UseRecord::from).collect(),
         })
     }
+}
+
+/// Those of the functions that can be read.
+fn legible(inventory: &Inventory, functions: &BTreeSet<PciAddress>) -> BTreeSet<PciAddress> {
+    let stuck = |address: &PciAddress| inventory.get(*address).is_some_and(|f| f.stuck);
+    functions.iter().filter(|address| !stuck(address)).copied().collect()
 }
 
 fn is_bridge(inventory: &Inventory, address: PciAddress) -> bool {

@@ -159,7 +159,7 @@ pub(super) fn autoprobe(lab: &mut Lab) -> Result<()> {
     lab.step(format!("{vf} appeared by itself and igbvf took it"))?;
 
     let ran = vfioctl(["attach", NIC.address, "--tenant", TENANT])?;
-    refused(&ran, 5, &["2 virtual functions", "sriov_numvfs"])?;
+    refused(&ran, 5, &["2 virtual functions", "vf set"])?;
     lab.step("its physical function is refused while it has virtual ones, with the way out")?;
 
     busctl_attach(&vf, TENANT)?;

@@ -23,8 +23,9 @@ pub(super) fn owners(lab: &mut Lab) -> Result<()> {
     let mut owner = Command::new("sleep").arg("600").spawn()?;
     let pid = owner.id().to_string();
     vfioctl(["attach", GPU.address, "--tenant", "tenant-a", "--pid", &pid])?.success()?;
-    let leases = vfioctl_json(["leases"])?;
-    ensure!(leases[0]["bound"] == format!("process {pid}"), "{leases}");
+    let id = device(GPU.address)?.context("no GPU")?["lease"].clone();
+    let record = lease(id.as_str().unwrap_or_default())?.context("no lease")?;
+    ensure!(record["bound"] == format!("process {pid}"), "{record}");
     command::run(["systemctl", "restart", "vfiod"])?.success()?;
     owner.kill()?;
     owner.wait()?;

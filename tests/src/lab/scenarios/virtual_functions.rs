@@ -81,11 +81,15 @@ pub(super) fn shape(lab: &mut Lab) -> Result<()> {
     ensure!(shaped[1] == before[1], "the other virtual function changed: {}", shaped[1]);
     lab.step(format!("ip says of it what was asked for: {}", shaped[0].trim()))?;
 
+    // A guest asks the card's own driver for its address, and that answers while the card is up.
+    let interface = interface()?;
+    command::run(["ip", "link", "set", "dev", &interface, "up"])?.success()?;
     let mut guest = Guest::start([made[0].as_str()])?;
     let seen = guest.network()?;
     ensure!(seen == [MAC], "the guest has {seen:?}");
     lab.step("the guest's interface has that address")?;
     guest.power_off()?;
+    command::run(["ip", "link", "set", "dev", &interface, "down"])?.success()?;
     vfioctl(["release", &made[0]])?.success()?;
     ensure!(settings()? == before, "they are {:?}, were {before:?}", settings()?);
     lab.step("released, nothing of it is left")?;
@@ -104,12 +108,16 @@ pub(super) fn shape(lab: &mut Lab) -> Result<()> {
     lab.step("what is no network function, and what is no address or VLAN, is refused")
 }
 
-/// What `ip` says of each virtual function of the network card, a line each.
-fn settings() -> Result<Vec<String>> {
+/// The network card's own interface.
+fn interface() -> Result<String> {
     let net = sysfs::path(NIC.address, "net");
     let interface = std::fs::read_dir(net)?.next().context("no interface")??.file_name();
-    let interface = interface.to_string_lossy().into_owned();
-    let shown = command::run(["ip", "link", "show", "dev", &interface])?.success()?;
+    Ok(interface.to_string_lossy().into_owned())
+}
+
+/// What `ip` says of each virtual function of the network card, a line each.
+fn settings() -> Result<Vec<String>> {
+    let shown = command::run(["ip", "link", "show", "dev", &interface()?])?.success()?;
     let of_virtual = |line: &&str| line.trim().starts_with("vf ");
     Ok(shown.lines().filter(of_virtual).map(str::to_owned).collect())
 }

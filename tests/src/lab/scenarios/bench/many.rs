@@ -4,9 +4,10 @@ use anyhow::{Context, Result, ensure};
 use libvfio::client::{DeviceProxy, ManagerProxy, Options, device_path};
 use zbus::proxy::CacheProperties;
 
-use super::{SOME, median, row, timed};
+use super::{SOME, timed};
 use crate::lab::{Lab, command, sysfs};
 use crate::machine::{NIC, NVME, Purpose};
+use crate::protocol::{BenchRow, median};
 
 /// From none to as many as the network card has, and each one there to be leased.
 pub(super) fn enable(lab: &mut Lab) -> Result<()> {
@@ -27,7 +28,7 @@ pub(super) fn enable(lab: &mut Lab) -> Result<()> {
         })?);
     }
     number("0")?;
-    let mut row = row("vf-enable-7", "ms", &ours);
+    let mut row = BenchRow::of("vf-enable-7", "ms", &ours);
     row.floor_ratio = Some(row.median / median(&floor));
     lab.bench(row)
 }
@@ -63,7 +64,7 @@ pub(super) fn attach(lab: &mut Lab) -> Result<()> {
     }
     sysfs::write(NVME.address, "sriov_numvfs", "0")?;
     sysfs::write(NVME.address, "sriov_drivers_autoprobe", "1")?;
-    let mut row = row(&format!("attach-{count}"), "ms", &ours);
+    let mut row = BenchRow::of(&format!("attach-{count}"), "ms", &ours);
     row.floor_ratio = Some(row.median / median(&floor));
     lab.bench(row)
 }

@@ -13,7 +13,7 @@ use libvfio::client::ManagerProxy;
 use crate::lab::product::busctl_attach;
 use crate::lab::{Lab, command, sysfs};
 use crate::machine::NIC;
-use crate::protocol::BenchRow;
+use crate::protocol::{BenchRow, median};
 
 /// Runs of what takes milliseconds.
 const MANY: usize = 60;
@@ -81,7 +81,7 @@ fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
             virsh.ask(&format!("nodedev-reattach {node}"), "re-attached")
         })?);
     }
-    let mut row = row("attach-release", "ms", &ours);
+    let mut row = BenchRow::of("attach-release", "ms", &ours);
     row.floor_ratio = Some(row.median / median(&floor));
     row.peer_ratios = peers(&row, [("virsh-session", &session)]);
     lab.bench(row)
@@ -110,7 +110,7 @@ fn each_a_process(lab: &mut Lab, vf: &str) -> Result<()> {
             Ok(())
         })?);
     }
-    let mut row = row("cli-attach-release", "ms", &ours);
+    let mut row = BenchRow::of("cli-attach-release", "ms", &ours);
     row.peer_ratios = peers(&row, [("virsh", &virsh), ("driverctl", &driverctl)]);
     lab.bench(row)
 }
@@ -125,7 +125,7 @@ fn list(lab: &mut Lab) -> Result<()> {
         lspci.push(whole(&["lspci", "-nnk"])?);
         nodedev.push(whole(&["virsh", "nodedev-list", "--cap", "pci"])?);
     }
-    let mut row = row("list", "ms", &ours);
+    let mut row = BenchRow::of("list", "ms", &ours);
     row.peer_ratios = peers(&row, [("lspci", &lspci), ("nodedev-list", &nodedev)]);
     lab.bench(row)
 }
@@ -133,7 +133,7 @@ fn list(lab: &mut Lab) -> Result<()> {
 /// What stays in memory after all of the above.
 fn memory(lab: &mut Lab) -> Result<()> {
     let ours = [resident("vfiod.service")?];
-    let mut row = row("resident-memory", "MiB", &ours);
+    let mut row = BenchRow::of("resident-memory", "MiB", &ours);
     row.peer_ratios = peers(&row, [("libvirtd", &[resident("libvirtd.service")?])]);
     lab.bench(row)
 }
@@ -153,10 +153,10 @@ fn startup(lab: &mut Lab) -> Result<()> {
         command::run(["systemctl", "reset-failed", "vfiod"])?;
     }
     command::run(["vfioctl", "release", &lease])?.success()?;
-    let mut startup = row("startup", "ms", &ours);
+    let mut startup = BenchRow::of("startup", "ms", &ours);
     startup.floor_ratio = Some(startup.median / median(&bare));
     lab.bench(startup)?;
-    lab.bench(row("startup-own-work", "ms", &own))
+    lab.bench(BenchRow::of("startup-own-work", "ms", &own))
 }
 
 /// What the daemon says its last start took, from its first line of code to readiness.
@@ -242,19 +242,6 @@ fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
-fn row(name: &str, unit: &str, runs: &[f64]) -> BenchRow {
-    BenchRow {
-        name: name.to_owned(),
-        unit: unit.to_owned(),
-        n: runs.len(),
-        median: median(runs),
-        min: runs.iter().copied().fold(f64::INFINITY, f64::min),
-        max: runs.iter().copied().fold(0.0, f64::max),
-        floor_ratio: None,
-        peer_ratios: BTreeMap::new(),
-    }
-}
-
 fn peers<'a>(
     ours: &BenchRow,
     theirs: impl IntoIterator<Item = (&'a str, &'a (impl AsRef<[f64]> + ?Sized + 'a))>,
@@ -263,15 +250,4 @@ fn peers<'a>(
         (name.to_owned(), ours.median / median(AsRef::<[f64]>::as_ref(runs)))
     };
     theirs.into_iter().map(ratio).collect()
-}
-
-fn median(runs: &[f64]) -> f64 {
-    let mut sorted = runs.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 {
-        sorted[middle]
-    } else {
-        sorted[middle - 1..=middle].iter().sum::<f64>() / 2.0
-    }
 }
