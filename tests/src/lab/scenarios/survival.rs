@@ -24,12 +24,14 @@ pub(super) fn owners(lab: &mut Lab) -> Result<()> {
     let pid = owner.id().to_string();
     vfioctl(["attach", GPU.address, "--tenant", "tenant-a", "--pid", &pid])?.success()?;
     let id = device(GPU.address)?.context("no GPU")?["lease"].clone();
-    let record = lease(id.as_str().unwrap_or_default())?.context("no lease")?;
+    let id = id.as_str().context("no lease")?;
+    let record = lease(id)?.context("no lease")?;
     ensure!(record["bound"] == format!("process {pid}"), "{record}");
     command::run(["systemctl", "restart", "vfiod"])?.success()?;
     owner.kill()?;
     owner.wait()?;
-    wait_until("the lease ends with its process", LIMIT, || Ok(drivers() == before))?;
+    wait_until("the lease ends with its process", LIMIT, || Ok(lease(id)?.is_none()))?;
+    ensure!(drivers() == before, "drivers are {:?}, were {before:?}", drivers());
     lab.step("a lease ended with the process it was bound to, a restart of the daemon between")?;
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
