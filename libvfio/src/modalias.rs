@@ -31,6 +31,15 @@ pub fn module_exists(modules_dep: &str, modules_builtin: &str, name: &str) -> bo
     })
 }
 
+/// Whether two names mean one driver, or both none. A module is named with `_` where its driver's
+/// directory may have `-`, and which of them is only seen once the module is there.
+pub fn same_driver(one: Option<&str>, other: Option<&str>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => same_module(one, other),
+        (one, other) => one == other,
+    }
+}
+
 fn same_module(one: &str, other: &str) -> bool {
     let canonical = |byte| if byte == b'-' { b'_' } else { byte };
     one.bytes().map(canonical).eq(other.bytes().map(canonical))

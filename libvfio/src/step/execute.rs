@@ -7,6 +7,7 @@ use super::{Cause, Outcome, Step};
 use crate::address::PciAddress;
 use crate::error::Error;
 use crate::host::{HostRoot, LOAD_MODULE};
+use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
 use crate::shape::{self, Shape};
 use crate::vfio;
@@ -41,7 +42,7 @@ impl From<Error> for Cause {
 
 /// `Ok(Done)` if what is found is what was wanted.
 fn read_back(wanted: Option<&str>, found: Option<&str>) -> Done {
-    if same(wanted, found) {
+    if same_driver(wanted, found) {
         return Ok(Outcome::Done);
     }
     let say = |name: Option<&str>| name.unwrap_or("none").to_owned();
@@ -57,13 +58,6 @@ fn driver_of(host: &HostRoot, device: PciAddress) -> Option<String> {
     host.function(device).link_name("driver")
 }
 
-/// Whether two names mean one driver. A module is named with `_` where its driver's directory may
-/// have `-`, and which of them is only seen once the module is there.
-fn same(a: Option<&str>, b: Option<&str>) -> bool {
-    let plain = |name: &str| name.replace('-', "_");
-    a.map(plain) == b.map(plain)
-}
-
 /// A driver's name as its directory spells it.
 fn spelled(host: &HostRoot, driver: &str) -> String {
     let drivers = host.sys("bus/pci/drivers");
@@ -75,7 +69,7 @@ fn unbind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
     let now = driver_of(host, device);
     match &now {
         None if host.function(device).path().exists() => return Ok(Outcome::AlreadySo),
-        Some(now) if same(Some(now), Some(driver)) => {}
+        Some(now) if same_driver(Some(now), Some(driver)) => {}
         _ => return Err(changed(Some(driver), now.as_deref())),
     }
     let dir = host.function(device).sub("driver");
@@ -87,7 +81,7 @@ fn unbind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
 /// where several would match, and reports the probe's errno (`drivers/base/bus.c`).
 fn bind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
     let now = driver_of(host, device);
-    if same(now.as_deref(), Some(driver)) {
+    if same_driver(now.as_deref(), Some(driver)) {
         return Ok(Outcome::AlreadySo);
     }
     if now.is_some() {
@@ -100,10 +94,10 @@ fn bind(host: &HostRoot, device: PciAddress, driver: &str) -> Done {
 
 fn set_override(host: &HostRoot, device: PciAddress, from: Option<&str>, to: Option<&str>) -> Done {
     let now = Binding::read(host, device)?.driver_override;
-    if same(now.as_deref(), to) {
+    if same_driver(now.as_deref(), to) {
         return Ok(Outcome::AlreadySo);
     }
-    if !same(now.as_deref(), from) {
+    if !same_driver(now.as_deref(), from) {
         return Err(changed(from, now.as_deref()));
     }
     // A lone newline clears it; an empty write would never reach the kernel.

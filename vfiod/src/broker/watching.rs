@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::inventory;
+use libvfio::modalias::same_driver;
 use libvfio::pci::{Binding, Identity};
 use tracing::error;
 
@@ -58,7 +59,7 @@ impl Broker {
                 ));
             }
             let expected = lease.expected_override(*address);
-            if !same(f.driver_override.as_ref(), expected) {
+            if !same_driver(f.driver_override.as_deref(), expected.map(String::as_str)) {
                 return drifted(format!(
                     "driver_override of {address} was changed by somebody else from {} to {}",
                     expected.map_or("none", String::as_str),
@@ -123,7 +124,8 @@ impl Broker {
             let changed = |device: &PciAddress| {
                 let now = Binding::read(self.host(), *device).ok();
                 now.is_some_and(|now| {
-                    !same(now.driver_override.as_ref(), lease.expected_override(*device))
+                    let expected = lease.expected_override(*device).map(String::as_str);
+                    !same_driver(now.driver_override.as_deref(), expected)
                 })
             };
             let changed: Vec<PciAddress> = lease.devices.keys().copied().filter(changed).collect();
@@ -173,10 +175,4 @@ impl Broker {
             }
         }
     }
-}
-
-/// Whether two overrides name one driver, whose module may be spelled otherwise.
-fn same(a: Option<&String>, b: Option<&String>) -> bool {
-    let plain = |name: &String| name.replace('-', "_");
-    a.map(plain) == b.map(plain)
 }
