@@ -35,6 +35,8 @@ pub mod iommu;
 pub mod protection;
 pub mod shape;
 
+pub mod policy;
+
 pub mod plan;
 
 pub mod step;

@@ -45,9 +45,13 @@ fn same_module(one: &str, other: &str) -> bool {
     one.bytes().map(canonical).eq(other.bytes().map(canonical))
 }
 
-/// Whether a pattern of `*`, `?` and `[…]` matches all of a text. A `*` that took too little is
-/// the only thing gone back to, and only the last one, so the time is at most the product of the
-/// lengths.
+/// Whether a pattern of `*`, `?` and `[…]` matches all of a text.
+pub(crate) fn glob(pattern: &str, text: &str) -> bool {
+    matches(pattern.as_bytes(), text.as_bytes())
+}
+
+/// A `*` that took too little is the only thing gone back to, and only the last one, so the time is
+/// at most the product of the lengths.
 fn matches(mut pattern: &[u8], mut text: &[u8]) -> bool {
     let mut retry: Option<(&[u8], &[u8])> = None;
     loop {

@@ -19,7 +19,7 @@ const BINARIES: [(&str, &str); 3] =
     [("vfiod", "usr/libexec"), ("vfiod-sim", "usr/libexec"), ("vfioctl", "usr/bin")];
 
 /// Files of the repository and the directories they go to.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 16] = [
     ("systemd/vfiod.service", "usr/lib/systemd/system"),
     ("systemd/org.vfiod1.service", "usr/share/dbus-1/system-services"),
     ("systemd/org.vfiod1.conf", "usr/share/dbus-1/system.d"),
@@ -30,6 +30,11 @@ const FILES: [(&str, &str); 11] = [
     ("docs/guide.md", "usr/share/doc/vfiod"),
     ("docs/dbus.md", "usr/share/doc/vfiod"),
     ("docs/threat-model.md", "usr/share/doc/vfiod"),
+    ("docs/policy.md", "usr/share/doc/vfiod"),
+    ("docs/policy/workstation.toml", "usr/share/doc/vfiod/policy"),
+    ("docs/policy/gpu-server.toml", "usr/share/doc/vfiod/policy"),
+    ("docs/policy/network.toml", "usr/share/doc/vfiod/policy"),
+    ("docs/policy/mixed.toml", "usr/share/doc/vfiod/policy"),
     ("CHANGELOG.md", "usr/share/doc/vfiod"),
 ];
 

@@ -69,7 +69,7 @@ pub(crate) enum Command {
     },
     /// Check that this host is ready: IOMMU, kernel, modules, KVM, limits, daemon
     ///
-    /// Exits with 1 if anything fails. The only command that looks at the host by itself.
+    /// Exits with 1 if anything fails. Looks at the host by itself, without vfiod.
     Check {
         /// Look at the host described in this directory instead of the running one
         #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
@@ -122,6 +122,18 @@ pub(crate) enum Command {
     Vf {
         #[command(subcommand)]
         action: VfAction,
+    },
+    /// The policy: what the host's devices are for
+    ///
+    /// It is read from /etc/vfiod/vfiod.toml and /etc/vfiod/vfiod.toml.d/*.toml.
+    #[command(after_help = "Examples:
+  vfioctl policy check
+  vfioctl policy check new.toml
+  vfioctl policy show
+  vfioctl policy schema")]
+    Policy {
+        #[command(subcommand)]
+        action: PolicyAction,
     },
     /// Follow changes of leases and devices, a line each, until interrupted
     Monitor,
@@ -265,6 +277,33 @@ pub(crate) enum VfAction {
         #[arg(long)]
         dry_run: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyAction {
+    /// Say what is wrong with a policy, with file, line and column; exits with 2 if anything is
+    ///
+    /// Looks at this host by itself: devices that two pools claim are wrong, selectors that match
+    /// nothing are told.
+    Check(PolicyFiles),
+    /// Show which device is in which pool, by the files as they are
+    Show(PolicyFiles),
+    /// Explain every key
+    Schema,
+}
+
+/// Where a policy is, and of which host.
+#[derive(Debug, Args)]
+pub(crate) struct PolicyFiles {
+    /// Files to read instead of those in /etc/vfiod; together they are one policy
+    #[arg(value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Read the policy in this directory instead
+    #[arg(long, value_name = "DIR", default_value = "/etc/vfiod", conflicts_with = "files")]
+    pub(crate) config: PathBuf,
+    /// Look at the host described in this directory instead of the running one
+    #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
+    pub(crate) root: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]

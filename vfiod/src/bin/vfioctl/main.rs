@@ -14,6 +14,7 @@ mod leases;
 mod list;
 mod monitor;
 mod output;
+mod policy;
 mod quarantine;
 mod release;
 mod run;

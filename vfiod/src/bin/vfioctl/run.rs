@@ -12,8 +12,8 @@ use crate::bus::Bus;
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
-    attach, check, explain, generate, groups, history, holders, leases, list, monitor, quarantine,
-    release, show, tree, vf,
+    attach, check, explain, generate, groups, history, holders, leases, list, monitor, policy,
+    quarantine, release, show, tree, vf,
 };
 
 pub(crate) fn main() -> ExitCode {
@@ -74,6 +74,7 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
             quarantine::run(&bus().await?, action.as_ref(), &out).await?;
         }
         Command::Vf { action } => return vf::run(&bus().await?, &action, &out).await,
+        Command::Policy { action } => return policy::run(&action, &out),
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Release(args) => return release::run(&bus().await?, &args, &out).await,

@@ -1,0 +1,144 @@
+use super::*;
+
+fn source(name: &str, text: &str) -> Source {
+    Source { name: name.to_owned(), text: text.to_owned() }
+}
+
+fn wrong(text: &str) -> Vec<String> {
+    let problems = Policy::parse(&[source("p", text)]).expect_err(text);
+    problems.0.iter().map(ToString::to_string).collect()
+}
+
+const POOL: &str = "[pool.gpus]\nmode = 'on-lease'\nselect = [{ class = 'gpu' }]\n";
+
+#[test]
+fn what_is_said_is_what_is_read_and_the_rest_has_its_default() {
+    let text = "
+boot.limit = 5
+[pool.net]
+mode = 'passthrough'
+select = [{ vendor = '8086', device = '0x10c9' }, { path = '0000:00/04.0', numa-node = 1 }]
+except = [{ address = '81:00.0' }]
+vfs = 4
+shape = { vlan = 7, link = 'up', trust = false }
+reset-order = ['flr', 'bus']
+d3cold = false
+users = ['alice']
+groups = ['vmops']
+tenants = ['ops-*']
+isolation = 'no-interrupt-remapping'
+keep-for-host = 1
+correct-drift = true
+";
+    let policy = Policy::parse(&[source("a", text), source("b", POOL)]).unwrap();
+    assert_eq!(policy.files, ["a", "b"]);
+    assert_eq!(policy.boot_limit, Duration::from_secs(5));
+    let [gpus, net] = &policy.pools[..] else { panic!("{policy:?}") };
+    assert_eq!((gpus.mode, gpus.isolation, gpus.vfs), (Mode::OnLease, Isolation::Full, None));
+    assert_eq!((net.mode, net.vfs, net.keep_for_host), (Mode::Passthrough, Some(4), 1));
+    assert_eq!((net.select[0].vendor, net.select[0].device), (Some(0x8086), Some(0x10c9)));
+    assert_eq!(net.shape.to_string(), "VLAN 7, trust off, link up");
+    assert_eq!(net.place.to_string(), "a:3:7");
+    assert!(net.correct_drift && net.d3cold == Some(false));
+    assert!(net.lessees.serves("ops-7") && !net.lessees.serves("alice"));
+    assert!(gpus.lessees.serves("anyone") && !gpus.lessees.names_callers());
+}
+
+#[test]
+fn every_fault_is_told_with_its_place_and_the_nearest_word() {
+    let cases = [
+        (
+            format!("{POOL}tenant = ['a']"),
+            "p:4:1: there is no key 'tenant' in [pool.NAME]; did you mean 'tenants'?",
+        ),
+        ("[pools.a]".into(), "p:1:2: there is no key 'pools' in file; did you mean 'pool'?"),
+        ("boot.limt = 3".into(), "p:1:6: there is no key 'limt' in [boot]; did you mean 'limit'?"),
+        (
+            POOL.replace("class", "clas"),
+            "p:3:13: there is no key 'clas' in selector; did you mean 'class'?",
+        ),
+        (POOL.replace("'gpu'", "'gpus'"), "p:3:21: 'gpus' is no class; did you mean 'gpu'?"),
+        (
+            POOL.replace("on-lease", "on-leese"),
+            "p:2:8: 'on-leese' is no mode; did you mean 'on-lease'?",
+        ),
+        (format!("{POOL}isolation = 'ful'"), "p:4:13: 'ful' is no isolation; did you mean 'full'?"),
+        (
+            format!("{POOL}reset-order = ['frl']"),
+            "p:4:16: 'frl' is no reset method; did you mean 'flr'?",
+        ),
+        (
+            format!("{POOL}vfs = 0"),
+            "p:4:7: 'vfs' takes a number from 1 to 65535, and this is integer; correct it",
+        ),
+        (
+            format!("{POOL}d3cold = 'no'"),
+            "p:4:10: 'd3cold' takes true or false, and this is string; correct it",
+        ),
+        (
+            format!("{POOL}users = 'alice'"),
+            "p:4:9: 'users' takes an array of texts, and this is string; correct it",
+        ),
+        (
+            "boot.limit = 601".into(),
+            "p:1:14: 'limit' takes a number from 1 to 600, and this is integer; correct it",
+        ),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(wrong(&text), [expected], "{text}");
+    }
+}
+
+#[test]
+fn what_contradicts_itself_is_no_policy() {
+    let cases = [
+        (POOL.replace("on-lease", "host") + "groups = ['a']", "p:4:1", "pool 'gpus' is the host's"),
+        (POOL.to_owned() + "shape = { vlan = 1 }", "p:4:1", "the pool makes none"),
+        (POOL.replace("class = 'gpu'", ""), "p:3:11", "every device of the host would be"),
+        (POOL.replace("{ class = 'gpu' }", ""), "p:3:10", "selects nothing"),
+        (POOL.replace("class = 'gpu'", "device = '2684'"), "p:3:11", "'device' without 'vendor'"),
+        ("[pool.'a b']\nmode = 'host'\nselect = [{ class = 'nic' }]".into(), "p:1:7", "no name"),
+        ("[pool.a]\nselect = [{ class = 'nic' }]".into(), "p:1:7", "has no 'mode'"),
+        (POOL.to_owned() + "reset-order = []", "p:4:15", "no reset would be left"),
+        ("pool.a = 1".into(), "p:1:10", "a pool is a table"),
+        ("[pool.a\n".into(), "p:1:8", "toml.io"),
+    ];
+    for (text, place, why) in cases {
+        let wrong = wrong(&text);
+        let one = wrong.iter().any(|line| line.starts_with(place) && line.contains(why));
+        assert!(one, "{text}: {wrong:?}");
+    }
+    let twice = Policy::parse(&[source("a", POOL), source("b", POOL)]).unwrap_err().to_string();
+    assert!(twice.contains("b:1:7: pool 'gpus' is described at a:1:7 too"), "{twice}");
+    let limits = [source("a", "boot.limit = 1"), source("b", "boot.limit = 2")];
+    assert!(Policy::parse(&limits).unwrap_err().to_string().contains("given in a too"));
+}
+
+#[test]
+fn all_faults_are_told_at_once() {
+    let text = "boot.limt = 1\n[pool.a]\nmode = 'x'\nselect = [{ vendor = 'y' }]\n";
+    assert_eq!(wrong(text).len(), 3, "{:?}", wrong(text));
+}
+
+#[test]
+fn every_key_is_read() {
+    // A key that a table names and the reader forgets would take anything.
+    for section in keys::ALL {
+        for key in section.keys {
+            let odd = match key.kind {
+                keys::Kind::Flag => "'x'",
+                _ => "true",
+            };
+            let line = format!("{} = {odd}\n", key.name);
+            let text = match section.title {
+                "file" => line,
+                "[boot]" => format!("[boot]\n{line}"),
+                "[pool.NAME]" => format!("[pool.a]\n{line}"),
+                "selector" => format!("[pool.a]\nselect = [{{ {} }}]\n", line.trim()),
+                _ => format!("[pool.a]\nvfs = 1\n[pool.a.shape]\n{line}"),
+            };
+            let said = wrong(&text).join("\n");
+            assert!(said.contains(&format!("'{}' takes", key.name)), "{text}: {said}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! `policy`: what is wrong with one, whom it means, and which keys there are. Reads the files and the
+//! host by itself, so that a policy can be tried before any daemon has it; changes nothing.
+
+use std::fs;
+use std::process::ExitCode;
+
+use libvfio::error::ErrorKind;
+use libvfio::host::HostRoot;
+use libvfio::inventory::Inventory;
+use libvfio::policy::{self, Assignment, Facts, Policy, Pool, Problem, Role, Source, keys};
+use serde_json::{Value, json};
+
+use crate::args::{PolicyAction, PolicyFiles};
+use crate::output::{Output, print, print_json};
+use crate::table::{BAD, Cell, PLAIN, Table, WARN};
+use crate::trouble::Trouble;
+
+pub(crate) fn run(action: &PolicyAction, out: &Output) -> Result<ExitCode, Trouble> {
+    match action {
+        PolicyAction::Check(files) => check(files, out),
+        PolicyAction::Show(files) => show(files, out).map(|()| ExitCode::SUCCESS),
+        PolicyAction::Schema => schema(out).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// A policy on a host.
+struct Tried {
+    policy: Policy,
+    inventory: Inventory,
+    assignment: Assignment,
+}
+
+fn sources(files: &PolicyFiles) -> Result<Vec<Source>, Trouble> {
+    let unread = |error: String| Trouble::new(ErrorKind::NotFound, error);
+    if files.files.is_empty() {
+        return policy::sources(&files.config).map_err(|error| unread(error.to_string()));
+    }
+    let read = |path: &std::path::PathBuf| {
+        let text = fs::read_to_string(path);
+        let text = text.map_err(|e| unread(format!("cannot read {}: {e}", path.display())))?;
+        Ok(Source { name: path.display().to_string(), text })
+    };
+    files.files.iter().map(read).collect()
+}
+
+fn tried(policy: Policy, files: &PolicyFiles) -> Result<Tried, Trouble> {
+    let host = HostRoot::new(&files.root);
+    let unread = |error: libvfio::error::Error| Trouble::new(error.kind(), error.to_string());
+    let inventory = Inventory::scan(&host).map_err(unread)?;
+    let facts = Facts::read(&host).map_err(unread)?;
+    let assignment = Assignment::new(&policy, &inventory, &facts);
+    Ok(Tried { policy, inventory, assignment })
+}
+
+fn check(files: &PolicyFiles, out: &Output) -> Result<ExitCode, Trouble> {
+    let sources = sources(files)?;
+    let wrong = ErrorKind::InvalidArgument.exit_status().into();
+    let tried = match Policy::parse(&sources) {
+        Ok(policy) => tried(policy, files)?,
+        Err(problems) => {
+            if out.json {
+                let problems: Vec<Value> = problems.0.iter().map(problem).collect();
+                print_json(&json!({"problems": problems, "clashes": [], "unmet": []}))?;
+            } else {
+                let lines = problems.0.iter().map(|problem| format!("{BAD}{problem}{BAD:#}\n"));
+                print(&lines.collect::<String>())?;
+            }
+            return Ok(wrong);
+        }
+    };
+    let Tried { policy, assignment, .. } = &tried;
+    let clashes: Vec<String> = assignment.clashes.iter().map(ToString::to_string).collect();
+    let unmet = assignment.unmet.iter();
+    let unmet: Vec<String> = unmet.map(|(pool, s)| format!("pool '{pool}': {s}")).collect();
+    if out.json {
+        print_json(&json!({"problems": [], "clashes": clashes, "unmet": unmet}))?;
+    } else {
+        let bad = clashes.iter().map(|c| format!("{BAD}{c}; narrow one of them{BAD:#}\n"));
+        let odd = unmet.iter().map(|u| format!("{WARN}{u}: no such device here{WARN:#}\n"));
+        let count = assignment.members().count();
+        let pools = policy.pools.len();
+        let good = format!("{pools} pools, {count} functions in them\n");
+        let good = clashes.is_empty().then_some(good);
+        print(&bad.chain(odd).chain(good).collect::<String>())?;
+    }
+    Ok(if clashes.is_empty() { ExitCode::SUCCESS } else { wrong })
+}
+
+fn problem(problem: &Problem) -> Value {
+    let Problem { place, text, remedy } = problem;
+    json!({
+        "file": place.file, "line": place.line, "column": place.column, "text": text,
+        "remedy": remedy,
+    })
+}
+
+fn show(files: &PolicyFiles, out: &Output) -> Result<(), Trouble> {
+    let policy = Policy::parse(&sources(files)?);
+    let wrong = |problems| Trouble::new(ErrorKind::InvalidArgument, format!("{problems}"));
+    let tried = tried(policy.map_err(wrong)?, files)?;
+    if out.json {
+        let pools: Vec<Value> = tried.policy.pools.iter().map(|pool| tried.json(pool)).collect();
+        return print_json(&pools.into());
+    }
+    out.table(&tried.table(), "there is no pool; 'vfioctl policy schema' explains what one is")
+}
+
+impl Tried {
+    fn members<'a>(&'a self, pool: &'a Pool) -> impl Iterator<Item = (Role, String)> + 'a {
+        let own = |member: &policy::Member| self.policy.pools.get(member.pool) == Some(pool);
+        let members = self.assignment.members().filter(move |(_, member)| own(member));
+        members.map(|(address, member)| (member.role, address.to_string()))
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new(&["POOL", "MODE", "DEVICE", "IN IT", "DRIVER", "NAME"]);
+        for pool in &self.policy.pools {
+            let mut empty = true;
+            for (role, address) in self.members(pool) {
+                empty = false;
+                let function = address.parse().ok().and_then(|at| self.inventory.get(at));
+                table.push([
+                    pool.name.as_str().into(),
+                    pool.mode.name().into(),
+                    address.into(),
+                    name(role).into(),
+                    Cell::maybe(function.and_then(|f| f.driver.as_deref()), PLAIN),
+                    Cell::maybe(function.map(|f| self.inventory.describe(f)), PLAIN),
+                ]);
+            }
+            if empty {
+                let none = || Cell::new("-", PLAIN);
+                let mode = pool.mode.name().into();
+                table.push([pool.name.as_str().into(), mode, none(), none(), none(), none()]);
+            }
+        }
+        table
+    }
+
+    fn json(&self, pool: &Pool) -> Value {
+        let member =
+            |(role, address): (Role, String)| json!({"address": address, "as": name(role)});
+        let texts = |all: &[policy::Selector]| -> Vec<String> {
+            all.iter().map(ToString::to_string).collect()
+        };
+        json!({
+            "name": pool.name,
+            "mode": pool.mode.name(),
+            "place": pool.place.to_string(),
+            "select": texts(&pool.select),
+            "except": texts(&pool.except),
+            "devices": self.members(pool).map(member).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn name(role: Role) -> &'static str {
+    match role {
+        Role::Selected => "selected",
+        Role::Companion => "companion",
+        Role::Physical => "physical",
+        Role::Virtual => "virtual",
+        Role::Kept => "kept",
+    }
+}
+
+fn schema(out: &Output) -> Result<(), Trouble> {
+    if !out.json {
+        return print(&keys::tables());
+    }
+    let key = |key: &keys::Key| {
+        json!({"name": key.name, "takes": key.kind.describe(), "default": key.default,
+            "about": key.about})
+    };
+    let section = |section: &keys::Section| {
+        let keys: Vec<Value> = section.keys.iter().map(key).collect();
+        json!({"title": section.title, "about": section.about, "keys": keys})
+    };
+    print_json(&keys::ALL.iter().map(section).collect::<Vec<_>>().into())
+}
