@@ -29,9 +29,11 @@ pub mod pci;
 
 mod members;
 
+pub mod acl;
 pub mod holders;
 pub mod inventory;
 pub mod iommu;
+pub mod memlock;
 pub mod protection;
 pub mod shape;
 

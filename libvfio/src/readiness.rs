@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::host::HostRoot;
 use crate::inventory::DriverSource;
 use crate::iommu::{CpuVendor, Isolation, Platform};
+use crate::memlock::{self, Limit};
 use crate::plan::full_modules;
 use crate::{kvm, modalias};
 
@@ -218,9 +219,15 @@ fn vfio_node(host: &HostRoot) -> Finding {
     }
 }
 
+/// By which interface leases give their devices: nodes of functions come with the driver, so it is
+/// only known whether there is a place for them.
 fn iommufd(host: &HostRoot) -> Finding {
-    let there = host.path("dev/iommu").exists();
-    let detail = if there { "/dev/iommu" } else { "not there; VFIO's groups are used" };
+    let (iommu, nodes) = (host.path("dev/iommu").exists(), host.path("dev/vfio/devices").exists());
+    let detail = match (iommu, nodes) {
+        (true, true) => "/dev/iommu and nodes of single devices: leases are opened by iommufd",
+        (true, false) => "/dev/iommu, but no nodes of single devices yet; until then by groups",
+        (false, _) => "not there: leases are opened by groups",
+    };
     Finding::info("iommufd", detail)
 }
 
@@ -240,7 +247,7 @@ fn memlock(host: &HostRoot) -> Finding {
     if effective_capabilities(&status) & CAP_IPC_LOCK != 0 {
         return Finding::ok(name, "this user is not limited (CAP_IPC_LOCK)");
     }
-    match locked_memory(&limits) {
+    match memlock::parse(&limits).map(|(soft, _)| soft) {
         None => Finding::info(name, "this host does not tell"),
         Some(Limit::None) => Finding::ok(name, "unlimited"),
         Some(Limit::Bytes(bytes)) if bytes >= FEW_LOCKED_BYTES => {
@@ -250,24 +257,8 @@ fn memlock(host: &HostRoot) -> Finding {
             name,
             format!("{} KiB: guests that this user starts cannot pin their memory", bytes >> 10),
             "raise it (LimitMEMLOCK= of a unit, memlock in /etc/security/limits.conf), or start \
-             guests through libvirt, which does",
+             guests with 'vfioctl run' or through libvirt, which do",
         ),
-    }
-}
-
-/// A resource limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Limit {
-    None,
-    Bytes(u64),
-}
-
-/// The soft limit in `/proc/self/limits`.
-fn locked_memory(limits: &str) -> Option<Limit> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"))?;
-    match line.split_whitespace().next()? {
-        "unlimited" => Some(Limit::None),
-        bytes => bytes.parse().ok().map(Limit::Bytes),
     }
 }
 

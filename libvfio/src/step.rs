@@ -84,6 +84,22 @@ pub enum Step {
         /// What it shall be.
         to: Shape,
     },
+    /// Let a user open the nodes of a function that is on VFIO, or no longer.
+    NodeAccess {
+        /// The function.
+        device: PciAddress,
+        /// The user's id.
+        user: u32,
+        /// Whether it shall be so.
+        allowed: bool,
+    },
+    /// Let a process lock so much memory, which VFIO does with a guest's. Ends with the process.
+    LockMemory {
+        /// The process's id.
+        process: u32,
+        /// How much, in bytes.
+        bytes: u64,
+    },
     /// Ask VFIO whether the whole group may be given to a guest. Changes nothing.
     CheckViable {
         /// The group's number.
@@ -179,7 +195,10 @@ impl StepError {
             (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
             (Step::LoadModule { .. }, _)
-            | (Step::Shape { .. }, Cause::Kernel { errno: Errno::EOPNOTSUPP })
+            | (
+                Step::Shape { .. } | Step::NodeAccess { .. },
+                Cause::Kernel { errno: Errno::EOPNOTSUPP },
+            )
             | (Step::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => ErrorKind::Unsupported,
             (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY }) => ErrorKind::Busy,
             _ => ErrorKind::Internal,
@@ -218,6 +237,15 @@ impl fmt::Display for Step {
                 write!(f, "make {to} virtual functions of {device} (were {from})")
             }
             Self::Shape { device, from, to } => write!(f, "give {device} {to} (was {from})"),
+            Self::NodeAccess { device, user, allowed: true } => {
+                write!(f, "let user {user} open the VFIO nodes of {device}")
+            }
+            Self::NodeAccess { device, user, allowed: false } => {
+                write!(f, "let user {user} no longer open the VFIO nodes of {device}")
+            }
+            Self::LockMemory { process, bytes } => {
+                write!(f, "let process {process} lock {} MiB of memory", bytes.div_ceil(1 << 20))
+            }
             Self::CheckViable { group } => write!(f, "check that VFIO finds group {group} viable"),
         }
     }
@@ -229,7 +257,7 @@ fn or_none(name: Option<&String>) -> &str {
 
 impl Step {
     /// The words of all kinds of steps.
-    pub const KINDS: [&str; 10] = [
+    pub const KINDS: [&str; 12] = [
         "load-module",
         "unbind-lock",
         "unbind",
@@ -239,6 +267,8 @@ impl Step {
         "set-autoprobe",
         "set-virtual-functions",
         "shape",
+        "node-access",
+        "lock-memory",
         "check-viable",
     ];
 
@@ -254,6 +284,8 @@ impl Step {
             Self::SetAutoprobe { .. } => "set-autoprobe",
             Self::SetVirtualFunctions { .. } => "set-virtual-functions",
             Self::Shape { .. } => "shape",
+            Self::NodeAccess { .. } => "node-access",
+            Self::LockMemory { .. } => "lock-memory",
             Self::CheckViable { .. } => "check-viable",
         }
     }
@@ -268,8 +300,9 @@ impl Step {
             | Self::SetAutoprobe { device, .. }
             | Self::SetVirtualFunctions { device, .. }
             | Self::Shape { device, .. }
+            | Self::NodeAccess { device, .. }
             | Self::Reset { device } => Some(*device),
-            Self::LoadModule { .. } | Self::CheckViable { .. } => None,
+            Self::LoadModule { .. } | Self::LockMemory { .. } | Self::CheckViable { .. } => None,
         }
     }
 
@@ -285,7 +318,8 @@ impl Step {
     }
 
     /// The step that takes this one back; `None` where nothing needs to be. A loaded module stays,
-    /// the unbind lock ends with the binding, a reset cannot be undone, a check changed nothing.
+    /// the unbind lock ends with the binding and a limit with its process, a reset cannot be undone,
+    /// a check changed nothing.
     pub fn inverse(&self) -> Option<Self> {
         match self {
             Self::Unbind { device, driver } => {
@@ -306,9 +340,13 @@ impl Step {
             Self::Shape { device, from, to } => {
                 Some(Self::Shape { device: *device, from: to.clone(), to: from.clone() })
             }
+            Self::NodeAccess { device, user, allowed } => {
+                Some(Self::NodeAccess { device: *device, user: *user, allowed: !allowed })
+            }
             Self::LoadModule { .. }
             | Self::UnbindLock { .. }
             | Self::Reset { .. }
+            | Self::LockMemory { .. }
             | Self::CheckViable { .. } => None,
         }
     }
@@ -353,6 +391,14 @@ impl Step {
             }
             (Self::Shape { .. }, Cause::Kernel { errno: Errno::EOPNOTSUPP }) => {
                 "the driver of its physical function cannot do that; ask for less".to_owned()
+            }
+            (Self::NodeAccess { .. }, Cause::Kernel { errno: Errno::EOPNOTSUPP }) => {
+                "mount devtmpfs with access control lists (CONFIG_TMPFS_POSIX_ACL), or start the \
+                 guest as root"
+                    .to_owned()
+            }
+            (Self::LockMemory { process, .. }, _) => {
+                format!("see whether process {process} still runs")
             }
             (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()

@@ -1,7 +1,9 @@
-//! VFIO's device nodes in group mode: group status and device reset.
+//! VFIO's device nodes: group status, device reset, and handing nodes to programs.
 //! Opens nodes below `/dev/vfio` and closes them before returning, so that it never stands in a
-//! VMM's way. The ioctls that vfio-ioctls lacks are written out here
-//! (`include/uapi/linux/vfio.h`).
+//! VMM's way; only `nodes` opens any for somebody else. The ioctls that vfio-ioctls lacks are
+//! written out here (`include/uapi/linux/vfio.h`).
+
+mod nodes;
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -14,6 +16,9 @@ use vfio_ioctls::{VfioContainer, VfioDevice};
 use crate::error::Error;
 use crate::host::HostRoot;
 use crate::pci::Function;
+
+pub(crate) use nodes::nodes_of;
+pub use nodes::{Interface, Node, interface, nodes, open_iommu, open_nodes};
 
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -40,7 +45,8 @@ mod ioctls {
 }
 
 /// Asks VFIO whether a group may go to a guest (`VFIO_GROUP_GET_STATUS`). Opening the group node is
-/// exclusive: `EBUSY` means that a VMM has it. On a described host, and on kernels without group
+/// exclusive: `EBUSY` means that a VMM has it. It is opened for reading, which root may also where
+/// libvirt has given the node to a guest's user. On a described host, and on kernels without group
 /// nodes, the answer is worked out from the members' drivers by the kernel's rule.
 pub fn group_viable(host: &HostRoot, group: u32) -> Result<bool, Error> {
     let node = host.path(format!("dev/vfio/{group}"));
@@ -94,7 +100,7 @@ fn refused(function: &Function, reason: &str) -> Error {
 }
 
 fn open(node: &Path) -> Result<File, Error> {
-    OpenOptions::new().read(true).write(true).open(node).map_err(Error::io("open", node))
+    OpenOptions::new().read(true).open(node).map_err(Error::io("open", node))
 }
 
 fn size_u32<T>() -> u32 {

@@ -73,7 +73,7 @@ fn a_device_in_quarantine_is_refused_until_it_is_cleared() {
             assert!(refusal.to_string().contains(words), "{words} is not in {refusal}");
         }
     }
-    let plan = broker.plan(&[GPU.to_owned()], &AttachOptions::default()).unwrap();
+    let plan = broker.plan(&[GPU.to_owned()], &AttachOptions::default(), 0).unwrap();
     assert_eq!(plan.reasons[0].code, "quarantined");
     let shown = broker.device(at(AUDIO)).unwrap().quarantine;
     assert_eq!(shown.as_deref(), Some("it came back with other firmware"));

@@ -25,6 +25,10 @@ pub enum Action {
     VirtualFunctions,
     /// Take what the host cannot live without.
     OverrideProtection,
+    /// Open devices that somebody else has leased.
+    Open,
+    /// Lock as much memory as a guest has.
+    LockMemory,
 }
 
 impl Action {
@@ -36,6 +40,8 @@ impl Action {
             Self::Quarantine => "org.vfiod1.quarantine",
             Self::VirtualFunctions => "org.vfiod1.virtual-functions",
             Self::OverrideProtection => "org.vfiod1.override-protection",
+            Self::Open => "org.vfiod1.open",
+            Self::LockMemory => "org.vfiod1.lock-memory",
         }
     }
 }
@@ -81,7 +87,34 @@ impl Authority {
         ))
     }
 
-    async fn user(&self, header: &Header<'_>) -> Result<u32, Failure> {
+    /// Like [`check`](Self::check), but `owner` may, too.
+    pub async fn check_owner(
+        &self,
+        header: &Header<'_>,
+        owner: u32,
+        action: Action,
+        details: &HashMap<&str, &str>,
+    ) -> Result<u32, Failure> {
+        match self.user(header).await? {
+            user if user == owner => Ok(user),
+            _ => self.check(header, action, details).await,
+        }
+    }
+
+    /// The process that calls.
+    pub async fn process(&self, header: &Header<'_>) -> Result<u32, Failure> {
+        let unknown = || {
+            let why = "the bus does not say which process calls; call again";
+            Failure::new(ErrorKind::NotAuthorized, why)
+        };
+        let sender = header.sender().ok_or_else(unknown)?;
+        let bus = DBusProxy::new(&self.connection).await.map_err(|_| unknown())?;
+        let process = bus.get_connection_unix_process_id(BusName::from(sender.clone()));
+        process.await.map_err(|_| unknown())
+    }
+
+    /// The user that calls.
+    pub async fn user(&self, header: &Header<'_>) -> Result<u32, Failure> {
         let unknown =
             || Failure::new(ErrorKind::NotAuthorized, "the bus does not say who calls; call again");
         let sender = header.sender().ok_or_else(unknown)?;

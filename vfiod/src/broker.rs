@@ -8,6 +8,7 @@ mod ending;
 mod holding;
 mod lagging;
 mod leasing;
+mod opening;
 mod quarantining;
 mod virtual_functions;
 mod watching;
@@ -109,6 +110,8 @@ pub struct Broker {
     considered: Mutex<BTreeSet<PciAddress>>,
     /// One of those was decided on.
     decided: Condvar,
+    /// Nobody opens the nodes of some lease any more.
+    opened: Condvar,
     /// Counts looks at functions, so that of two at the same time the later one counts.
     looks: AtomicU64,
 }
@@ -122,6 +125,8 @@ struct Data {
     looked: BTreeMap<PciAddress, u64>,
     /// Physical functions whose autoprobe the daemon has turned off.
     autoprobe_off: BTreeSet<PciAddress>,
+    /// How many are opening nodes of which leases.
+    opening: BTreeMap<String, usize>,
     /// Leases that something has happened to, until it is clear what.
     judged: BTreeSet<String>,
 }
@@ -176,6 +181,7 @@ impl Broker {
             inventory: inventory.clone(),
             distrusted: distrusted.devices,
             looked: BTreeMap::new(),
+            opening: BTreeMap::new(),
             judged: BTreeSet::new(),
             autoprobe_off: ledger.autoprobe_off(),
         };
@@ -188,6 +194,7 @@ impl Broker {
             ended: Condvar::new(),
             considered: Mutex::default(),
             decided: Condvar::new(),
+            opened: Condvar::new(),
             looks: AtomicU64::new(1),
         };
         broker.note_aside(&found.aside);
@@ -292,9 +299,14 @@ impl Broker {
         group_record(&self.data(), number)
     }
 
-    /// What attaching would do, or why it would not.
-    pub fn plan(&self, names: &[String], options: &AttachOptions) -> Result<PlanRecord, Failure> {
-        let request = self.request(names, options, &BTreeSet::new())?;
+    /// What attaching would do for a user, or why it would not.
+    pub fn plan(
+        &self,
+        names: &[String],
+        options: &AttachOptions,
+        user: u32,
+    ) -> Result<PlanRecord, Failure> {
+        let request = self.request(names, options, user, &BTreeSet::new())?;
         let found = self.look_around(&request)?;
         let data = self.data();
         let planned = plan_within(&data, &request, found);
@@ -349,6 +361,7 @@ impl Broker {
         &self,
         names: &[String],
         options: &AttachOptions,
+        user: u32,
         barred: &BTreeSet<PciAddress>,
     ) -> Result<Request, Failure> {
         let inventory = self.inventory();
@@ -373,6 +386,7 @@ impl Broker {
             adopt: options.adopt,
             allow_protected: options.allow_protected,
             shape: options.shape.clone(),
+            node_access: options.node_access.then_some(user),
         })
     }
 }

@@ -9,6 +9,7 @@ use libvfio::client::{LeaseRecord, StepRecord};
 use libvfio::pci::{Binding, Identity};
 use libvfio::plan;
 use libvfio::step::{Outcome, Step};
+use libvfio::vfio::Interface;
 use serde::{Deserialize, Serialize};
 
 /// Devices held for a tenant.
@@ -37,6 +38,9 @@ pub struct Lease {
     /// What the daemon does with the devices, if they are for no tenant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<String>,
+    /// By what its functions can be opened, known once they are on VFIO.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<Interface>,
     /// Its functions, and how each was found.
     pub devices: BTreeMap<PciAddress, Found>,
     /// The way to the guest. The first step without an outcome may or may not have happened.
@@ -173,6 +177,7 @@ impl Lease {
             reason: self.reason.clone(),
             bound: self.bound.as_ref().map(ToString::to_string),
             task: self.task.clone(),
+            interface: self.interface.map(|interface| interface.name().to_owned()),
             devices: self.devices.keys().map(ToString::to_string).collect(),
             owner: self.owner,
             created: self.created,

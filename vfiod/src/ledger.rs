@@ -217,6 +217,7 @@ mod tests {
             failure: None,
             bound: None,
             task: None,
+            interface: None,
             devices: std::collections::BTreeMap::new(),
             forward: Vec::new(),
             backward: Vec::new(),

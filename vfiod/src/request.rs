@@ -42,6 +42,8 @@ pub struct AttachOptions {
     pub while_connected: bool,
     /// Take also what the host cannot live without.
     pub allow_protected: bool,
+    /// Let the caller's user open the functions' nodes, for the time of the lease.
+    pub node_access: bool,
 }
 
 /// Options of releasing.
@@ -145,6 +147,7 @@ impl AttachOptions {
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
                 "allow_protected" => options.allow_protected = flag(key, value)?,
+                "node_access" => options.node_access = flag(key, value)?,
                 "mac" => options.shape.mac = Some(setting(&text(key, value)?)?),
                 "vlan" => options.shape.vlan = Some(vlan(number(key, value)?)?),
                 "spoof_check" => options.shape.spoof_check = Some(flag(key, value)?),
@@ -156,8 +159,15 @@ impl AttachOptions {
                 "pid" => options.pid = Some(number(key, value)?),
                 "while_connected" => options.while_connected = flag(key, value)?,
                 _ => {
-                    let known =
-                        ["vm", "whole_group", "adopt", "allow_protected", "pid", "while_connected"];
+                    let known = [
+                        "vm",
+                        "whole_group",
+                        "adopt",
+                        "allow_protected",
+                        "node_access",
+                        "pid",
+                        "while_connected",
+                    ];
                     return Err(unknown(key, &known));
                 }
             }

@@ -44,6 +44,7 @@ fn failed_lease() -> Lease {
         failure: None,
         bound: None,
         task: None,
+        interface: None,
         devices: std::collections::BTreeMap::new(),
         forward: Vec::new(),
         backward: Vec::new(),

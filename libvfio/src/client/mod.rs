@@ -129,6 +129,30 @@ pub trait Device {
     ) -> Result<PlanRecord, Failure>;
 }
 
+/// One lease. Its descriptors are for whoever made it.
+#[zbus::proxy(interface = "org.vfiod1.Lease", default_service = "org.vfiod1")]
+pub trait Lease {
+    /// Ends it.
+    #[zbus(allow_interactive_auth)]
+    fn release(&self, options: Options<'_>) -> Result<(), Failure>;
+
+    /// Descriptors of its functions by address, or of its groups by number.
+    #[zbus(allow_interactive_auth)]
+    fn open_devices(&self) -> Result<Vec<(String, zbus::OwnedFd)>, Failure>;
+
+    /// A descriptor of what is to translate for its devices.
+    #[zbus(allow_interactive_auth)]
+    fn open_iommu(&self) -> Result<zbus::OwnedFd, Failure>;
+
+    /// Lets this process lock so much memory.
+    #[zbus(allow_interactive_auth)]
+    fn lock_memory(&self, bytes: u64) -> Result<(), Failure>;
+
+    /// By what its devices are opened: `iommufd` or `group`.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn interface(&self) -> Result<String, Failure>;
+}
+
 /// The path of a device's object.
 pub fn device_path(address: crate::address::PciAddress) -> String {
     format!("{ROOT_PATH}/device/{}", address.to_string().replace([':', '.'], "_"))

@@ -199,6 +199,8 @@ pub struct LeaseRecord {
     pub bound: Option<String>,
     /// What the daemon does with the devices, if they are for no tenant.
     pub task: Option<String>,
+    /// By what its functions can be opened: `iommufd` or `group`; absent before that is known.
+    pub interface: Option<String>,
     /// Its functions.
     pub devices: Vec<String>,
     /// User id of the caller that attached it.

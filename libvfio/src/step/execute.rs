@@ -1,5 +1,5 @@
 //! Carrying steps out. The one place that writes to the host: nothing outside this module may change
-//! a driver, an override, a number of virtual functions, a module or a device.
+//! a driver, an override, a number of virtual functions, a module, a node, a limit or a device.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ use crate::host::{HostRoot, LOAD_MODULE};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
 use crate::shape::{self, Shape};
-use crate::vfio;
+use crate::{acl, memlock, vfio};
 
 type Done = Result<Outcome, Cause>;
 
@@ -30,6 +30,8 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
             set_virtual_functions(host, *device, *from, *to)
         }
         Step::Shape { device, from, to } => set_shape(host, *device, from, to),
+        Step::NodeAccess { device, user, allowed } => node_access(host, *device, *user, *allowed),
+        Step::LockMemory { process, bytes } => lock_memory(*process, *bytes),
         Step::CheckViable { group } => check_viable(host, *group),
     }
 }
@@ -206,6 +208,39 @@ fn set_shape(host: &HostRoot, device: PciAddress, from: &Shape, to: &Shape) -> D
         return Ok(Outcome::Done);
     }
     Err(Cause::ReadBack { wanted: to.to_string(), found: found.to_string() })
+}
+
+/// Where there are no nodes any more, nobody may open them.
+fn node_access(host: &HostRoot, device: PciAddress, user: u32, allowed: bool) -> Done {
+    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
+    let nodes = vfio::nodes_of(host, &function);
+    if nodes.is_empty() && allowed {
+        return Err(changed(Some("a node of it in /dev/vfio"), None));
+    }
+    let mut outcome = Outcome::AlreadySo;
+    for node in nodes {
+        let acl = acl::read(&node).map_err(|e| Cause::kernel(&e))?;
+        if acl.allows(user) == allowed {
+            continue;
+        }
+        acl::write(&node, &acl.with(user, allowed)).map_err(|e| Cause::kernel(&e))?;
+        let found = acl::read(&node).map_err(|e| Cause::kernel(&e))?.allows(user);
+        let say = |so| Some(if so { "an entry for the user" } else { "no entry for the user" });
+        outcome = read_back(say(allowed), say(found))?;
+    }
+    Ok(outcome)
+}
+
+fn lock_memory(process: u32, bytes: u64) -> Done {
+    let now = || memlock::of(process).map_err(|e| Cause::kernel(&e));
+    let allows = || now().map(|(soft, _)| soft.allows(bytes));
+    if allows()? {
+        return Ok(Outcome::AlreadySo);
+    }
+    let (_, hard) = now()?;
+    memlock::raise(process, bytes, hard).map_err(|e| Cause::kernel(&e))?;
+    let say = |so| Some(if so { "as much" } else { "less" });
+    read_back(say(true), say(allows()?))
 }
 
 fn check_viable(host: &HostRoot, group: u32) -> Done {

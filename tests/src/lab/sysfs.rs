@@ -60,6 +60,12 @@ pub fn group_members(address: &str) -> Result<Vec<String>> {
     names_in(&path(address, "iommu_group/devices"))
 }
 
+/// The name of a function's VFIO device (`vfio0`).
+pub fn vfio_device(address: &str) -> Result<String> {
+    let names = names_in(&path(address, "vfio-dev"))?;
+    names.into_iter().next().with_context(|| format!("{address} has no VFIO device"))
+}
+
 /// Every PCI function, in order.
 pub fn functions() -> Result<Vec<String>> {
     names_in(Path::new(DEVICES))

@@ -159,6 +159,7 @@ impl Kernel {
         device.unbind_lock = false;
         if let Some(number) = device.vfio.take() {
             self.vfio.remove(&number);
+            self.drop_lists();
         }
         if had {
             self.announce(Action::Unbind, address);

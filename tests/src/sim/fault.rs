@@ -31,6 +31,8 @@ pub enum Operation {
     Read,
     /// Opening a node below `dev`. A group's is that of its first function.
     Open,
+    /// Saying who may open a node below `dev`; likewise.
+    Access,
     /// Loading a module. It is of no function.
     LoadModule,
 }

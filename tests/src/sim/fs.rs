@@ -14,7 +14,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
     INodeNo, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use nix::unistd::{getegid, geteuid};
@@ -47,6 +47,8 @@ impl fmt::Debug for Glue {
     }
 }
 
+/// The attribute that holds the access control list of a node; there are no others.
+const LIST: &str = "system.posix_acl_access";
 /// The size of every attribute of sysfs, whatever it holds.
 const PAGE: u64 = 4096;
 /// How long the real kernel may believe that something is there, if it can come and go.
@@ -333,6 +335,46 @@ impl Filesystem for Glue {
                     std::thread::sleep(pause);
                     reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX));
                 }
+                Err(errno) => reply.error(fuse_errno(errno)),
+            }
+        });
+    }
+
+    fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let found = self.entry(number).and_then(|(path, entry)| match entry {
+            Entry::Node if name == LIST => {
+                let list = self.shared.with(|kernel| kernel.list(&path).map(<[u8]>::to_vec));
+                list.ok_or(Errno::ENODATA)
+            }
+            _ => Err(Errno::EOPNOTSUPP),
+        });
+        match found {
+            Ok(list) if size == 0 => reply.size(u32::try_from(list.len()).unwrap_or(u32::MAX)),
+            Ok(list) if list.len() > size as usize => reply.error(Errno::ERANGE),
+            Ok(list) => reply.data(&list),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        number: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        _: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        let path = match self.entry(number) {
+            Ok((path, Entry::Node)) if name == LIST => path,
+            Ok(_) => return reply.error(Errno::EOPNOTSUPP),
+            Err(errno) => return reply.error(errno),
+        };
+        let (shared, value, caller) = (self.shared.clone(), value.to_vec(), request.pid());
+        std::thread::spawn(move || {
+            match shared.call(caller, |kernel| kernel.set_list(&path, &value)) {
+                Ok(()) => reply.ok(),
                 Err(errno) => reply.error(fuse_errno(errno)),
             }
         });

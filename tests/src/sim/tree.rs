@@ -31,7 +31,9 @@ impl Kernel {
             return Some(Entry::Directory);
         }
         if self.files.text(path).is_some() {
-            return Some(Entry::File(0o444));
+            // Of `/dev` only nodes can be there.
+            let node = path.starts_with("dev/");
+            return Some(if node { Entry::Node } else { Entry::File(0o444) });
         }
         if let Some((address, device, rest)) = self.device_at(path) {
             return self.entry_of(address, device, rest);

@@ -48,8 +48,9 @@ pub fn places<'a>(steps: impl IntoIterator<Item = &'a Step>, first: PciAddress) 
             Step::Reset { .. } => Operation::Reset,
             Step::SetAutoprobe { .. } => Operation::Autoprobe,
             Step::SetVirtualFunctions { .. } => Operation::NumVfs,
-            // Described hosts have no network.
-            Step::Shape { .. } => return None,
+            Step::NodeAccess { .. } => Operation::Access,
+            // Described hosts have no network, and no process whose limits count.
+            Step::Shape { .. } | Step::LockMemory { .. } => return None,
             Step::CheckViable { .. } => Operation::Open,
         };
         let device = step.device().unwrap_or(first);

@@ -137,6 +137,8 @@ impl Broker {
     fn give_back(&self, mut lease: Lease, early: &dyn Fn(Failure), reply: &Reply<()>) {
         let late = Late { broker: self, tell: early };
         let walk = self.walker.walk(&lease.id, &late);
+        // Whatever is opened from now on is seen to be held.
+        self.await_openings(&lease.id);
         self.await_holders(&walk, &mut lease, early);
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);

@@ -52,7 +52,7 @@ impl Broker {
         let wanted = Wanted { tenant, options, user: asker.user, bound };
         let mut barred = BTreeSet::new();
         let lease = loop {
-            let request = self.request(names, options, &barred)?;
+            let request = self.request(names, options, wanted.user, &barred)?;
             match self.claim(&request, &wanted)? {
                 Ok(lease) => break lease,
                 Err(refusal) => {
@@ -143,7 +143,8 @@ impl Broker {
 
     /// Only what is on record is active.
     fn activate(&self, lease: &mut Lease) -> Result<(), Stopped> {
-        let active = Lease { state: State::Active, ..lease.clone() };
+        let interface = self.interface(lease);
+        let active = Lease { state: State::Active, interface, ..lease.clone() };
         self.walker.ledger.write(&active)?;
         self.data().leases.insert(active.id.clone(), active.clone());
         *lease = active;
@@ -252,6 +253,7 @@ pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         failure: None,
         bound: None,
         task: None,
+        interface: None,
         devices: plan.devices.iter().filter_map(found).collect(),
         forward: Recorded::todo(plan.steps.iter().cloned()),
         backward: Vec::new(),

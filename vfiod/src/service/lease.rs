@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 
 use libvfio::client::{Failure, LeaseRecord};
+use libvfio::error::ErrorKind;
+use zbus::OwnedFd;
 use zbus::message::Header;
 
 use super::Caller;
@@ -24,6 +26,15 @@ impl LeaseObject {
     fn record(&self) -> LeaseRecord {
         self.caller.broker.lease(&self.id).as_ref().map(Lease::record).unwrap_or_default()
     }
+
+    /// Whoever made the lease may open its devices; of others only whom polkit lets.
+    async fn may_open(&self, header: &Header<'_>) -> Result<(), Failure> {
+        let ended = || Failure::new(ErrorKind::NotFound, format!("there is no lease {}", self.id));
+        let lease = self.caller.broker.lease(&self.id).ok_or_else(ended)?;
+        let details = HashMap::from([("lease", self.id.as_str()), ("tenant", &lease.tenant)]);
+        let authority = &self.caller.authority;
+        authority.check_owner(header, lease.owner, Action::Open, &details).await.map(drop)
+    }
 }
 
 #[zbus::interface(name = "org.vfiod1.Lease", introspection_docs = false)]
@@ -38,6 +49,40 @@ impl LeaseObject {
         self.caller.authority.check(&header, Action::Release, &details).await?;
         let id = self.id.clone();
         self.caller.run(move |broker| broker.release(&id, &options).map(drop)).await
+    }
+
+    #[zbus(out_args("descriptors"))]
+    async fn open_devices(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<Vec<(String, OwnedFd)>, Failure> {
+        self.may_open(&header).await?;
+        let id = self.id.clone();
+        let opened = self.caller.run(move |broker| broker.open_devices(&id)).await?;
+        Ok(opened.into_iter().map(|(name, descriptor)| (name, descriptor.into())).collect())
+    }
+
+    #[zbus(out_args("descriptor"))]
+    async fn open_iommu(&self, #[zbus(header)] header: Header<'_>) -> Result<OwnedFd, Failure> {
+        self.may_open(&header).await?;
+        let id = self.id.clone();
+        let opened = self.caller.run(move |broker| broker.open_iommu(&id)).await?;
+        Ok(opened.into())
+    }
+
+    async fn lock_memory(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        bytes: u64,
+    ) -> Result<(), Failure> {
+        self.may_open(&header).await?;
+        let number = bytes.to_string();
+        let details = HashMap::from([("lease", self.id.as_str()), ("bytes", number.as_str())]);
+        let authority = &self.caller.authority;
+        authority.check(&header, Action::LockMemory, &details).await?;
+        let process = authority.process(&header).await?;
+        let id = self.id.clone();
+        self.caller.run(move |broker| broker.lock_memory(&id, process, bytes)).await
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
@@ -83,5 +128,10 @@ impl LeaseObject {
     #[zbus(property(emits_changed_signal = "const"))]
     fn bound(&self) -> String {
         self.record().bound.unwrap_or_default()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn interface(&self) -> String {
+        self.record().interface.unwrap_or_default()
     }
 }

@@ -94,7 +94,8 @@ impl ManagerObject {
         options: RawOptions,
     ) -> Result<PlanRecord, Failure> {
         let options = AttachOptions::read(&options)?;
-        self.caller.ask(&header, move |broker| broker.plan(&devices, &options)).await
+        let user = self.caller.authority.user(&header).await?;
+        self.caller.ask(&header, move |broker| broker.plan(&devices, &options, user)).await
     }
 
     #[zbus(out_args("plan"))]
@@ -104,7 +105,7 @@ impl ManagerObject {
         device: String,
     ) -> Result<PlanRecord, Failure> {
         let options = AttachOptions::default();
-        self.caller.ask(&header, move |broker| broker.plan(&[device], &options)).await
+        self.caller.ask(&header, move |broker| broker.plan(&[device], &options, 0)).await
     }
 
     #[zbus(out_args("holders"))]

@@ -13,7 +13,7 @@ use libvfio::step::Step;
 ///
 /// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
 /// `drivers/pci/iov.c`), and a card may have hundreds.
-const DEFAULTS: [(&str, u64); 10] = [
+const DEFAULTS: [(&str, u64); 12] = [
     ("load-module", 60),
     ("unbind-lock", 10),
     ("unbind", 70),
@@ -23,6 +23,8 @@ const DEFAULTS: [(&str, u64); 10] = [
     ("set-autoprobe", 10),
     ("set-virtual-functions", 300),
     ("shape", 20),
+    ("node-access", 10),
+    ("lock-memory", 10),
     ("check-viable", 70),
 ];
 

@@ -5,13 +5,14 @@
 //! Why a process: a thread that sleeps uninterruptibly keeps its whole process from ending.
 
 mod deadlines;
+mod packet;
 mod reader;
 mod serve;
 mod turns;
 
 use std::fs::File;
-use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,11 +22,10 @@ use std::time::{Duration, Instant};
 use libvfio::address::PciAddress;
 use libvfio::shape::Shape;
 use libvfio::step::{Outcome, Step, StepError};
+use libvfio::vfio::Interface;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::{Deserialize, Serialize};
 
 use turns::Turns;
@@ -44,9 +44,9 @@ const FEW_IDLE: usize = 2;
 /// Most steps that are carried out at a time. More processes than that only wait for each other, and
 /// one that is late counts no more.
 const MOST_STEPPING: usize = 16;
-/// Longest request or answer, in bytes: a page of an attribute as JSON, or a step and what became
-/// of it.
-const LONGEST: usize = 64 << 10;
+/// Most descriptors in an answer, and so in a lease that is opened: buses carry no more in a message
+/// (`max_message_unix_fds`, dbus-daemon(1)).
+pub const MOST_DESCRIPTORS: usize = 16;
 
 /// What a worker is asked.
 #[derive(Debug, Serialize, Deserialize)]
@@ -58,10 +58,31 @@ enum Request {
     Read(Vec<PathBuf>),
     /// Read the network settings of a virtual function.
     Shape(PciAddress),
+    /// Open nodes below `/dev/vfio`; their descriptors come with the answer.
+    Open(Vec<PathBuf>),
+    /// Open what translates for devices; likewise.
+    OpenIommu(Interface),
 }
+
+/// Whether nodes were opened, or which was not and the kernel's error.
+type Opened = Result<(), (PathBuf, i32)>;
 
 /// What came of a step.
 pub type Carried = Result<Outcome, StepError>;
+
+/// Why nodes were not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum NotOpened {
+    /// The kernel said no.
+    #[error("cannot open {}: {}", .0.display(), .1.desc())]
+    Kernel(PathBuf, Errno),
+    /// It did not say anything in time.
+    #[error("the kernel did not open it within {} s", .0.as_secs())]
+    Late(Duration),
+    /// The worker could not be asked.
+    #[error("no worker could open it: {0}; see the journal of vfiod")]
+    Lost(#[from] io::Error),
+}
 
 /// The workers of one host.
 #[derive(Debug)]
@@ -131,7 +152,46 @@ impl Workers {
         }
     }
 
-    fn ask(self: &Arc<Self>, request: &Request, descriptors: &[i32]) -> io::Result<Call> {
+    /// Opens nodes, each in its place.
+    pub fn open(
+        self: &Arc<Self>,
+        paths: Vec<PathBuf>,
+        limit: Duration,
+    ) -> Result<Vec<OwnedFd>, NotOpened> {
+        self.opened(&Request::Open(paths), limit)
+    }
+
+    /// Opens what translates for devices that are opened by this interface.
+    pub fn open_iommu(
+        self: &Arc<Self>,
+        interface: Interface,
+        limit: Duration,
+    ) -> Result<OwnedFd, NotOpened> {
+        let opened = self.opened(&Request::OpenIommu(interface), limit)?;
+        let missing = || io::Error::other("the worker sent no descriptor");
+        Ok(opened.into_iter().next().ok_or_else(missing)?)
+    }
+
+    fn opened(
+        self: &Arc<Self>,
+        request: &Request,
+        limit: Duration,
+    ) -> Result<Vec<OwnedFd>, NotOpened> {
+        let call = self.ask(request, &[])?;
+        match call.answer_with::<Opened>(Some(limit))? {
+            Ok((opened, descriptors)) => {
+                let refused = |(path, errno)| NotOpened::Kernel(path, Errno::from_raw(errno));
+                opened.map(|()| descriptors).map_err(refused)
+            }
+            Err(call) => {
+                // Whatever is opened after all is closed again.
+                std::thread::spawn(move || call.answer::<serde_json::Value>(None).map(drop));
+                Err(NotOpened::Late(limit))
+            }
+        }
+    }
+
+    fn ask(self: &Arc<Self>, request: &Request, descriptors: &[RawFd]) -> io::Result<Call> {
         let packet = serde_json::to_vec(request)?;
         while let Some(worker) = self.idle().pop() {
             // One that has ended since it was last asked has done nothing.
@@ -183,10 +243,20 @@ impl Call {
         self,
         limit: Option<Duration>,
     ) -> io::Result<Result<T, Self>> {
-        let Some(packet) = self.worker.receive(limit)? else { return Ok(Err(self)) };
+        Ok(self.answer_with(limit)?.map(|(answer, _)| answer))
+    }
+
+    /// The same, with the descriptors that come along.
+    fn answer_with<T: for<'de> Deserialize<'de>>(
+        self,
+        limit: Option<Duration>,
+    ) -> io::Result<Result<(T, Vec<OwnedFd>), Self>> {
+        let Some((packet, descriptors)) = self.worker.receive(limit)? else {
+            return Ok(Err(self));
+        };
         let answer = serde_json::from_slice(&packet)?;
         self.workers.put_back(self.worker);
-        Ok(Ok(answer))
+        Ok(Ok((answer, descriptors)))
     }
 }
 
@@ -209,16 +279,12 @@ impl Worker {
         Ok(Self { socket, child })
     }
 
-    fn send(&self, packet: &[u8], descriptors: &[i32]) -> io::Result<()> {
-        let rights = [ControlMessage::ScmRights(descriptors)];
-        let rights = if descriptors.is_empty() { &[][..] } else { &rights };
-        let socket = self.socket.as_raw_fd();
-        sendmsg::<()>(socket, &[IoSlice::new(packet)], rights, MsgFlags::MSG_NOSIGNAL, None)?;
-        Ok(())
+    fn send(&self, packet: &[u8], descriptors: &[RawFd]) -> io::Result<()> {
+        Ok(packet::send(&self.socket, packet, descriptors)?)
     }
 
     /// Its answer; `None` after `limit`.
-    fn receive(&self, limit: Option<Duration>) -> io::Result<Option<Vec<u8>>> {
+    fn receive(&self, limit: Option<Duration>) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
         let until = limit.map(|limit| Instant::now() + limit);
         loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -238,13 +304,11 @@ impl Worker {
                 Ok(_) => break,
             }
         }
-        let mut packet = vec![0; LONGEST];
-        let length = recv(self.socket.as_raw_fd(), &mut packet, MsgFlags::empty())?;
-        if length == 0 {
+        let (packet, descriptors) = packet::receive(&self.socket)?;
+        if packet.is_empty() {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the worker process ended"));
         }
-        packet.truncate(length);
-        Ok(Some(packet))
+        Ok(Some((packet, descriptors)))
     }
 }
 

@@ -1,18 +1,16 @@
 //! The worker's side: steps and reads, one after another, until nobody can ask any more.
 //! Changes the kernel through [`libvfio::step`] alone.
 
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use libvfio::host::{HostRoot, read_page};
-use libvfio::shape;
-use nix::cmsg_space;
+use libvfio::{shape, vfio};
 use nix::errno::Errno;
 use nix::sys::prctl;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
 
-use super::{LONGEST, Request};
+use super::{Opened, Request, packet};
 
 /// Serves the socket that is standard input until the daemon closes it or has ended.
 ///
@@ -23,11 +21,21 @@ pub fn serve(root: &Path) -> io::Result<()> {
     let host = HostRoot::new(root);
     let socket = io::stdin();
     while let Some((request, lock)) = receive(&socket)? {
+        // Given away with the answer; a copy that stayed here would be one more holder.
+        let mut given: Vec<OwnedFd> = Vec::new();
         let answer = match request {
             Request::Step(step) => serde_json::to_vec(&step.execute(&host))?,
             Request::Shape(device) => {
                 let read = shape::read(&host, device);
                 serde_json::to_vec(&read.map_err(|e| e.raw_os_error().unwrap_or_default()))?
+            }
+            Request::Open(paths) => {
+                let opened = vfio::open_nodes(&paths).map(|nodes| given = nodes);
+                serde_json::to_vec(&opened_or_not(opened))?
+            }
+            Request::OpenIommu(interface) => {
+                let opened = vfio::open_iommu(&host, interface).map(|iommu| given.push(iommu));
+                serde_json::to_vec(&opened_or_not(opened))?
             }
             Request::Read(attributes) => {
                 let read = |attribute: &PathBuf| {
@@ -37,36 +45,27 @@ pub fn serve(root: &Path) -> io::Result<()> {
             }
         };
         drop(lock);
-        match send(socket.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL) {
+        let descriptors: Vec<RawFd> = given.iter().map(AsRawFd::as_raw_fd).collect();
+        match packet::send(&socket, &answer, &descriptors) {
             Err(Errno::EPIPE | Errno::ECONNRESET) => return Ok(()),
             sent => sent?,
-        };
+        }
     }
     Ok(())
 }
 
+fn opened_or_not(opened: Result<(), (PathBuf, io::Error)>) -> Opened {
+    opened.map_err(|(path, error)| (path, error.raw_os_error().unwrap_or_default()))
+}
+
 /// The next request and the descriptor that came with it.
 fn receive(socket: &impl AsRawFd) -> io::Result<Option<(Request, Option<OwnedFd>)>> {
-    let mut packet = vec![0; LONGEST];
-    let mut space = cmsg_space!(i32);
-    let mut parts = [IoSliceMut::new(&mut packet)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-            Err(Errno::EINTR) => {}
-            Err(Errno::ECONNRESET) => return Ok(None),
-            message => break message?,
-        }
+    let (packet, descriptors) = match packet::receive(socket) {
+        Err(error) if error.raw_os_error() == Some(Errno::ECONNRESET as i32) => return Ok(None),
+        received => received?,
     };
-    let descriptors = message.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::ScmRights(descriptors) => descriptors.first().copied(),
-        _ => None,
-    });
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows of it.
-    let lock = descriptors.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) });
-    let length = message.bytes;
-    if length == 0 {
+    if packet.is_empty() {
         return Ok(None);
     }
-    Ok(Some((serde_json::from_slice(&packet[..length])?, lock)))
+    Ok(Some((serde_json::from_slice(&packet)?, descriptors.into_iter().next())))
 }

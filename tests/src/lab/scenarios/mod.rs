@@ -4,6 +4,7 @@ mod attach;
 mod bench;
 mod conformance;
 mod demo;
+mod descriptors;
 mod life;
 mod refusals;
 mod selftest;
@@ -45,6 +46,7 @@ const SCENARIOS: &[(&str, &str, Scenario)] = &[
     ("drift", "others change what a lease holds", survival::drift),
     ("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
     ("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
+    ("descriptors", "who may open what is leased, and for how long", descriptors::run),
     ("conformance", "the simulated kernel's cases, on a real one", conformance::run),
     ("demo", "the product at work, told as a story", demo::run),
     ("bench", "what it costs beside the kernel and its peers", bench::run),

@@ -100,7 +100,7 @@ pub(super) fn unprivileged(lab: &mut Lab) -> Result<()> {
 }
 
 /// Does something while polkit lets the ordinary user do what `condition` says of an action.
-fn with_rule(condition: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
+pub(super) fn with_rule(condition: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
     let rule = "/etc/polkit-1/rules.d/10-lab.rules";
     fs::write(
         rule,

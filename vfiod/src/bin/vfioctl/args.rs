@@ -217,6 +217,9 @@ pub(crate) struct AttachArgs {
     /// Take them even if the host cannot live without them: root, swap, default route, console
     #[arg(long)]
     pub(crate) allow_protected: bool,
+    /// Let your user open the devices' nodes in /dev/vfio, for the time of the lease
+    #[arg(long)]
+    pub(crate) node_access: bool,
     /// Show the steps and change nothing; exits as attaching would
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -94,6 +94,7 @@ fn options(args: &AttachArgs) -> Options<'_> {
         ("whole_group", args.whole_group),
         ("adopt", args.adopt),
         ("allow_protected", args.allow_protected),
+        ("node_access", args.node_access),
     ] {
         if given {
             options.insert(name, true.into());
@@ -158,6 +159,7 @@ mod tests {
             max_rate: None,
             pid: Some(7),
             allow_protected: false,
+            node_access: false,
             dry_run: false,
         };
         let options = options(&args);

@@ -21,7 +21,8 @@ pub(crate) async fn run(bus: &Bus, out: &Output) -> Result<(), Trouble> {
 }
 
 fn table(leases: &[LeaseRecord], now: u64) -> Table {
-    let mut table = Table::new(&["LEASE", "STATE", "TENANT", "AGE", "DEVICES", "VM", "REASON"]);
+    let mut table =
+        Table::new(&["LEASE", "STATE", "TENANT", "AGE", "DEVICES", "INTERFACE", "VM", "REASON"]);
     for lease in leases {
         table.push([
             lease.id.as_str().into(),
@@ -29,6 +30,7 @@ fn table(leases: &[LeaseRecord], now: u64) -> Table {
             tenant(lease),
             age(now.saturating_sub(lease.created)).into(),
             lease.devices.join(" ").into(),
+            Cell::maybe(lease.interface.as_deref(), PLAIN),
             Cell::maybe(lease.vm.as_deref(), PLAIN),
             Cell::maybe(lease.reason.as_deref(), PLAIN),
         ]);
@@ -75,6 +77,7 @@ mod tests {
             tenant: "alice".into(),
             state: "active".into(),
             devices: vec!["0000:03:00.0".into()],
+            interface: Some("group".into()),
             created: 1000,
             ..LeaseRecord::default()
         };
@@ -82,14 +85,15 @@ mod tests {
             state: "failed".into(),
             reason: Some("0000:03:00.0 was unplugged".into()),
             vm: Some("web".into()),
+            interface: None,
             ..active.clone()
         };
         let text = table(&[active, failed], 1075).render(Screen::default());
         assert_eq!(
             anstream::adapter::strip_str(&text).to_string(),
-            "LEASE     STATE   TENANT  AGE    DEVICES       VM   REASON\n\
-             3f9a2c81  active  alice   1m15s  0000:03:00.0  -    -\n\
-             3f9a2c81  failed  alice   1m15s  0000:03:00.0  web  0000:03:00.0 was unplugged\n"
+            "LEASE     STATE   TENANT  AGE    DEVICES       INTERFACE  VM   REASON\n\
+             3f9a2c81  active  alice   1m15s  0000:03:00.0  group      -    -\n\
+             3f9a2c81  failed  alice   1m15s  0000:03:00.0  -          web  0000:03:00.0 was unplugged\n"
         );
     }
 
