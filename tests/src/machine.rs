@@ -2,6 +2,10 @@
 //!
 //! The one place that knows addresses. It describes; it starts nothing.
 
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// A PCI function as the lab's kernel is expected to find it.
@@ -72,8 +76,39 @@ pub struct Files {
 /// The name of the agent's virtio-serial port.
 pub const AGENT_PORT: &str = "org.vfiod.lab";
 
+/// Which kernel the machine boots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kernel {
+    /// The distribution's, as it is.
+    Distribution,
+    /// The distribution's source with options of the lab's own: IOMMUFD, a node per VFIO device,
+    /// mediated devices, errors on demand.
+    Own,
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Distribution => "distribution",
+            Self::Own => "own",
+        })
+    }
+}
+
+impl FromStr for Kernel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = [Self::Distribution, Self::Own];
+        let found = known.into_iter().find(|kernel| kernel.to_string() == text);
+        found.ok_or_else(|| format!("the kernels are {} and {}", known[0], known[1]))
+    }
+}
+
 /// What a machine is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Purpose {
     /// Scenarios, some of which start guests.
     Scenarios,

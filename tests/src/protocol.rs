@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::machine::{Kernel, Purpose};
+
 /// From the agent in the lab to its host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "kebab-case")]
@@ -74,13 +76,19 @@ pub enum ToLab {
     },
 }
 
-/// A scenario's name and what it shows.
+/// A scenario's name, what it shows and what it takes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScenarioInfo {
     /// What one types to run it.
     pub name: String,
     /// One line.
     pub about: String,
+    /// The machine it is for.
+    pub machine: Purpose,
+    /// The kernels that can do what it shows.
+    pub kernels: Vec<Kernel>,
+    /// Whether it runs when it is named only, not with all others.
+    pub by_name: bool,
 }
 
 /// The median of a benchmark's runs, its spread, and what it is compared with.

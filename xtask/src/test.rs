@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{ExitCode, Stdio};
 
 use anyhow::{Result, ensure};
+use vfiod_tests::machine::Kernel;
 
 use crate::lab::{self, Selection, Voice};
 use crate::{exec, host, progress};
@@ -23,7 +24,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let _ = fs::remove_file(&counts);
     let unit_tests = || unit_tests(&counts);
     let (unit_passed, unit_failed) = progress::step("running the crates' tests", unit_tests)?;
-    let summary = lab::play(Selection::All, Voice::Steps)?;
+    let summary = lab::play(Selection::All, Kernel::Distribution, Voice::Steps)?;
     let scenarios = summary.passed + summary.failed;
     // What tests of many cases have told.
     print!("{}", fs::read_to_string(&counts).unwrap_or_default());

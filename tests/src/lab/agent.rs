@@ -75,7 +75,7 @@ fn release_all() -> Result<()> {
 
 fn run(lab: &mut Lab, name: &str, found: &Snapshot) -> Result<()> {
     let scenario = scenarios::find(name).ok_or_else(|| anyhow!("no scenario named {name}"))?;
-    let outcome = scenario(lab);
+    let outcome = (scenario.run)(lab);
     if outcome.is_err() {
         release_all().context("ending what leases there are")?;
     }

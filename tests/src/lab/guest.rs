@@ -31,6 +31,20 @@ pub struct Guest {
 impl Guest {
     /// Starts a guest with these functions of the lab and waits until it has booted.
     pub fn start<'a>(addresses: impl IntoIterator<Item = &'a str>) -> Result<Self> {
+        let device = |address| ["-device".to_owned(), format!("vfio-pci,host={address}")];
+        Self::with(addresses.into_iter().flat_map(device))
+    }
+
+    /// The same through IOMMUFD and the functions' own nodes.
+    pub fn through_iommufd<'a>(addresses: impl IntoIterator<Item = &'a str>) -> Result<Self> {
+        let device =
+            |address| ["-device".to_owned(), format!("vfio-pci,host={address},iommufd=iommufd0")];
+        let object = ["-object", "iommufd,id=iommufd0"].map(str::to_owned);
+        Self::with(object.into_iter().chain(addresses.into_iter().flat_map(device)))
+    }
+
+    /// Starts a guest with these arguments of QEMU's beside the usual ones.
+    fn with(arguments: impl IntoIterator<Item = String>) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let base = format!("/run/lab-guest-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let (socket, log) = (format!("{base}.sock"), format!("{base}.log"));
@@ -48,13 +62,11 @@ impl Guest {
             "-display",
             "none",
         ])
-        .args(["-machine", "q35", "-no-reboot", "-kernel", "/vmlinuz", "-initrd", INITRD])
+        .args(["-machine", "q35", "-no-reboot", "-kernel", &kernel()?, "-initrd", INITRD])
         .args(["-append", "console=ttyS0 loglevel=3 mitigations=off nokaslr panic=-1"])
         .args(["-serial", &format!("file:{log}")])
         .args(["-serial", &format!("unix:{socket},server=on,wait=off")]);
-        for address in addresses {
-            qemu.args(["-device", &format!("vfio-pci,host={address}")]);
-        }
+        qemu.args(arguments);
         let stderr = std::fs::File::create(format!("{base}.err"))?;
         let mut qemu = qemu.stderr(stderr).stdin(Stdio::null()).spawn().context("starting QEMU")?;
         let link = connect(&mut qemu, &socket)
@@ -141,6 +153,15 @@ impl Drop for Guest {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
+}
+
+/// The kernel that runs here: a guest has modules of it. The lab's own lies with its modules.
+fn kernel() -> Result<String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let release = release.trim_end();
+    let places =
+        [format!("/usr/lib/modules/{release}/vmlinuz"), format!("/boot/vmlinuz-{release}")];
+    places.into_iter().find(|file| Path::new(file).exists()).context("no kernel for a guest")
 }
 
 /// KVM, and the initial file system: the guest's init and the driver of the lab's virtual network

@@ -23,17 +23,20 @@ pub(super) fn directory() -> Result<PathBuf> {
 /// The directory made by `make` from `recipe`: the one at hand, or a new one.
 ///
 /// `make` fills an empty directory that gets its name only when all of it is there; while it does,
-/// others that want the cache wait.
+/// others that want the same wait.
 pub(super) fn get(recipe: &impl Hash, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let cache = directory()?;
     let mut hasher = DefaultHasher::new();
     recipe.hash(&mut hasher);
     let ready = cache.join(format!("{:016x}", hasher.finish()));
 
-    let lock = File::create(cache.join("lock"))?;
-    lock.lock().context("waiting for the lab's cache")?;
+    // Whoever cleans waits for all that is being made.
+    let all = File::create(cache.join("lock"))?;
+    all.lock_shared().context("waiting for the lab's cache")?;
+    let lock = File::create(ready.with_extension("lock"))?;
+    lock.lock().context("waiting for another who makes the same")?;
     if !ready.exists() {
-        let growing = cache.join("growing");
+        let growing = ready.with_extension("growing");
         remove(&growing)?;
         fs::create_dir(&growing)?;
         make(&growing)?;

@@ -13,7 +13,7 @@ use vfiod_tests::machine::DISK_LABEL;
 use super::cache;
 use crate::{exec, host, progress};
 
-const SUITE: &str = "trixie";
+pub(super) const SUITE: &str = "trixie";
 
 const PACKAGES: &str = "systemd systemd-sysv dbus udev kmod polkitd linux-image-amd64 \
     libvirt-daemon-system libvirt-clients qemu-system-x86 pciutils driverctl mdevctl iproute2 \

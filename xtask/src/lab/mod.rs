@@ -2,7 +2,9 @@
 
 mod cache;
 mod image;
+mod kernel;
 mod qmp;
+mod selection;
 mod session;
 mod vm;
 
@@ -15,9 +17,10 @@ use vfiod_tests::protocol::{BenchRow, ScenarioInfo};
 
 use crate::{deb, exec, host, progress};
 use session::{Session, Summary};
-use vfiod_tests::machine::Purpose;
+use vfiod_tests::machine::{Kernel, Purpose};
 use vm::{Console, Payload, Vm};
 
+pub(crate) use selection::Selection;
 pub(crate) use session::Voice;
 
 #[derive(Debug, Subcommand)]
@@ -33,18 +36,14 @@ pub(crate) enum Action {
         /// Name them all and run none
         #[arg(long)]
         list: bool,
+        /// The kernel to boot: the distribution's, or the lab's own, which is built first
+        #[arg(long, value_name = "own|distribution", default_value_t = Kernel::Distribution)]
+        kernel: Kernel,
     },
+    /// Build the lab's own kernel, from the distribution's source and options of the lab's own
+    Kernel,
     /// Remove what the lab has cached
     Clean,
-}
-
-/// Which scenarios to run.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Selection<'a> {
-    /// Those that show something to be right: all but the benchmarks.
-    All,
-    /// These, in this order.
-    Named(&'a [String]),
 }
 
 /// `cargo xtask lab`.
@@ -52,15 +51,20 @@ pub(crate) fn run(action: Option<&Action>) -> Result<ExitCode> {
     match action {
         None => shell(),
         Some(Action::Clean) => cache::clean().map(|()| ExitCode::SUCCESS),
+        Some(Action::Kernel) => {
+            let kernel = kernel::ready()?;
+            println!("{}", kernel.image().display());
+            Ok(ExitCode::SUCCESS)
+        }
         Some(Action::Run { list: true, .. }) => {
-            for ScenarioInfo { name, about } in scenarios(&exec::build_agent()?)? {
-                println!("{name:<16}  {about}");
+            for scenario in scenarios(&exec::build_agent()?)? {
+                println!("{}", selection::line(&scenario));
             }
             Ok(ExitCode::SUCCESS)
         }
-        Some(Action::Run { scenarios, all, .. }) => {
+        Some(Action::Run { scenarios, all, kernel, .. }) => {
             let selection = if *all { Selection::All } else { Selection::Named(scenarios) };
-            let summary = play(selection, Voice::Steps)?;
+            let summary = play(selection, *kernel, Voice::Steps)?;
             println!("{} passed, {} failed", summary.passed, summary.failed);
             Ok(summary.exit_code())
         }
@@ -68,56 +72,45 @@ pub(crate) fn run(action: Option<&Action>) -> Result<ExitCode> {
 }
 
 /// Runs scenarios in one boot of the lab.
-pub(crate) fn play(selection: Selection<'_>, voice: Voice) -> Result<Summary> {
+pub(crate) fn play(selection: Selection<'_>, kernel: Kernel, voice: Voice) -> Result<Summary> {
     let agent = exec::build_agent()?;
-    let known: Vec<String> = scenarios(&agent)?.into_iter().map(|scenario| scenario.name).collect();
-    let names = match selection {
-        Selection::All => known.into_iter().filter(|name| name != "bench").collect(),
-        Selection::Named(names) => {
-            let unknown = names.iter().find(|name| !known.contains(name));
-            ensure!(
-                unknown.is_none(),
-                "no scenario named {}: there are {}",
-                unknown.map_or("", String::as_str),
-                known.join(", ")
-            );
-            names.to_owned()
-        }
-    };
-    let purpose = if names == ["bench"] { Purpose::Benchmarks } else { Purpose::Scenarios };
-    boot(agent, Console::Log, purpose)?.play(names, voice)
+    let chosen = selection.choose(&scenarios(&agent)?, kernel)?;
+    boot(agent, kernel, Console::Log, chosen.machine)?.play(chosen.names, voice)
 }
 
 /// `cargo xtask demo`.
 pub(crate) fn demo() -> Result<ExitCode> {
-    let summary = play(Selection::Named(&["demo".to_owned()]), Voice::Story)?;
+    let summary = play(Selection::Named(&["demo".to_owned()]), Kernel::Distribution, Voice::Story)?;
     println!("demo: {}", if summary.failed == 0 { "OK" } else { "FAILED" });
     Ok(summary.exit_code())
 }
 
 /// The rows of the `bench` scenario.
 pub(crate) fn bench() -> Result<Vec<BenchRow>> {
-    let summary = play(Selection::Named(&["bench".to_owned()]), Voice::Steps)?;
+    let bench = Selection::Named(&["bench".to_owned()]);
+    let summary = play(bench, Kernel::Distribution, Voice::Steps)?;
     ensure!(summary.failed == 0, "the benchmark failed");
     Ok(summary.rows)
 }
 
 /// A shell in the lab, on this terminal.
 fn shell() -> Result<ExitCode> {
-    let session = boot(exec::build_agent()?, Console::Terminal, Purpose::Scenarios)?;
+    let agent = exec::build_agent()?;
+    let session = boot(agent, Kernel::Distribution, Console::Terminal, Purpose::Scenarios)?;
     eprintln!("a root shell in the lab; `exit` leaves it");
     session.wait_for_end()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn boot(agent: PathBuf, console: Console, purpose: Purpose) -> Result<Session> {
+fn boot(agent: PathBuf, kernel: Kernel, console: Console, purpose: Purpose) -> Result<Session> {
     host::require_root()?;
     let guest_init = exec::build_guest_init()?;
     let package = deb::build()?;
     let image = image::ready()?;
+    let own = (kernel == Kernel::Own).then(kernel::ready).transpose()?;
     let payload = Payload { package, agent, guest_init };
-    progress::step("booting the lab", || {
-        Session::start(Vm::start(&image, &payload, console, purpose)?)
+    progress::step(&format!("booting the lab ({kernel} kernel)"), || {
+        Session::start(Vm::start(&image, own.as_ref(), &payload, console, purpose)?)
     })
 }
 

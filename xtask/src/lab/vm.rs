@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, unshare};
 use vfiod_tests::machine::{self, Files, Purpose};
 
 use super::image::{Image, make_disk};
+use super::kernel::OwnKernel;
 use super::qmp::Qmp;
 use crate::exec;
 
@@ -26,6 +27,10 @@ const FILES: Files = Files {
     qmp: "/run/qmp.sock",
     agent: "/run/agent.sock",
 };
+
+/// A kernel and its initial file system, as QEMU sees them.
+const OWN_KERNEL: [&str; 2] = ["/run/vmlinuz", "/run/initrd"];
+const DISTRIBUTION_KERNEL: [&str; 2] = ["/vmlinuz", "/boot/lab-initrd"];
 
 const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda intel_iommu=on mitigations=off audit=0 \
     nokaslr quiet loglevel=4 systemd.show_status=0 net.ifnames=0";
@@ -61,16 +66,18 @@ pub(super) struct Vm {
 impl Vm {
     pub(super) fn start(
         image: &Image,
+        own_kernel: Option<&OwnKernel>,
         payload: &Payload,
         console: Console,
         purpose: Purpose,
     ) -> Result<Self> {
         let tree = image.tree();
-        enter_namespace(image)?;
+        enter_namespace(image, own_kernel)?;
+        let kernel = if own_kernel.is_some() { OWN_KERNEL } else { DISTRIBUTION_KERNEL };
         make_payload(&inside(&tree, FILES.payload), payload)?;
 
         let log = exec::target()?.join("lab-console.log");
-        let mut qemu = qemu(&tree, console, purpose, &log)?;
+        let mut qemu = qemu(&tree, kernel, console, purpose, &log)?;
         let agent = connect(&mut qemu, &inside(&tree, FILES.agent), &log)?;
         let qmp = Qmp::new(connect(&mut qemu, &inside(&tree, FILES.qmp), &log)?)?;
         Ok(Self { qemu, log, qmp, agent })
@@ -103,7 +110,7 @@ fn inside(tree: &Path, path: &str) -> PathBuf {
 }
 
 /// A private view of the file systems with the run's files in the lab's root file system.
-fn enter_namespace(image: &Image) -> Result<()> {
+fn enter_namespace(image: &Image, own_kernel: Option<&OwnKernel>) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace")?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
@@ -117,7 +124,11 @@ fn enter_namespace(image: &Image) -> Result<()> {
             .with_context(|| format!("binding {}", source.display()))
     };
     bind(Path::new("/dev"), &tree.join("dev"))?;
-    for (file, target) in [(image.root(), FILES.root), (image.disk(), FILES.disk)] {
+    let mut files = vec![(image.root(), FILES.root), (image.disk(), FILES.disk)];
+    if let Some(kernel) = own_kernel {
+        files.extend([kernel.image(), kernel.initrd()].into_iter().zip(OWN_KERNEL));
+    }
+    for (file, target) in files {
         let target = inside(&tree, target);
         File::create(&target)?;
         bind(&file, &target)?;
@@ -138,7 +149,13 @@ fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
     make_disk(disk, "64M", "payload", Some(&staging))
 }
 
-fn qemu(tree: &Path, console: Console, purpose: Purpose, log: &Path) -> Result<Child> {
+fn qemu(
+    tree: &Path,
+    [kernel, initrd]: [&str; 2],
+    console: Console,
+    purpose: Purpose,
+    log: &Path,
+) -> Result<Child> {
     let log = File::create(log).with_context(|| log.display().to_string())?;
     let mut command = Command::new("setpriv");
     command
@@ -146,7 +163,7 @@ fn qemu(tree: &Path, console: Console, purpose: Purpose, log: &Path) -> Result<C
         .arg(tree)
         .arg("qemu-system-x86_64")
         .args(machine::arguments(&FILES, purpose))
-        .args(["-kernel", "/vmlinuz", "-initrd", "/boot/lab-initrd"])
+        .args(["-kernel", kernel, "-initrd", initrd])
         .stderr(log.try_clone()?);
     match console {
         Console::Log => command

@@ -5,6 +5,7 @@ mod bench;
 mod conformance;
 mod demo;
 mod descriptors;
+mod device_nodes;
 mod life;
 mod refusals;
 mod selftest;
@@ -14,53 +15,99 @@ mod virtual_functions;
 use anyhow::Result;
 
 use super::Lab;
+use crate::machine::{Kernel, Purpose};
 use crate::protocol::ScenarioInfo;
 
-type Scenario = fn(&mut Lab) -> Result<()>;
+/// Something to show in the lab, and what it takes.
+pub(super) struct Scenario {
+    name: &'static str,
+    about: &'static str,
+    /// Shows it.
+    pub(super) run: fn(&mut Lab) -> Result<()>,
+    machine: Purpose,
+    kernels: &'static [Kernel],
+    by_name: bool,
+}
 
-const SCENARIOS: &[(&str, &str, Scenario)] = &[
-    (
+/// A scenario for any kernel, on the machine that most are for, run with all others.
+const fn scenario(
+    name: &'static str,
+    about: &'static str,
+    run: fn(&mut Lab) -> Result<()>,
+) -> Scenario {
+    let kernels = &[Kernel::Distribution, Kernel::Own];
+    Scenario { name, about, run, machine: Purpose::Scenarios, kernels, by_name: false }
+}
+
+impl Scenario {
+    /// On another machine than most, and so by name only: a run has one machine.
+    const fn on(self, machine: Purpose) -> Self {
+        Self { machine, by_name: true, ..self }
+    }
+
+    /// It shows what only the lab's own kernel can do.
+    const fn on_own_kernel(self) -> Self {
+        Self { kernels: &[Kernel::Own], ..self }
+    }
+}
+
+const SCENARIOS: &[Scenario] = &[
+    scenario(
         "selftest",
         "the lab itself: devices, groups, VFIO and a guest, by bare sysfs writes",
         selftest::run,
     ),
-    ("bus", "busctl attaches GPU and VF, a guest uses them, release restores", attach::bus),
-    ("command-line", "the same with vfioctl", attach::command_line),
-    ("restore", "no driver, an own override, an adopted device: all come back", attach::restore),
-    ("leased", "a second tenant is refused, naming the lease", attach::leased),
-    ("autoprobe", "a VF that a host driver took by itself", attach::autoprobe),
-    ("shared-group", "a group with a disk of the host", refusals::shared_group),
-    (
+    scenario("bus", "busctl attaches GPU and VF, a guest uses them, release restores", attach::bus),
+    scenario("command-line", "the same with vfioctl", attach::command_line),
+    scenario(
+        "restore",
+        "no driver, an own override, an adopted device: all come back",
+        attach::restore,
+    ),
+    scenario("leased", "a second tenant is refused, naming the lease", attach::leased),
+    scenario("autoprobe", "a VF that a host driver took by itself", attach::autoprobe),
+    scenario("shared-group", "a group with a disk of the host", refusals::shared_group),
+    scenario(
         "protected",
         "what the host cannot live without, and what somebody holds",
         refusals::protected,
     ),
-    ("unprivileged", "who may look and who may change", refusals::unprivileged),
-    ("bad-input", "every wrong input has its answer", refusals::bad_input),
-    ("restart", "the daemon restarts while a guest has its devices", life::restart),
-    ("host", "what journal, systemd and the readiness check see", life::host),
-    ("hotplug", "devices go and come, leased and not", life::hotplug),
-    ("virtual-functions", "made, leased and taken away", virtual_functions::number),
-    ("shape", "a tenant's own address and VLAN, for its time", virtual_functions::shape),
-    ("owners", "leases end with their process or connection", survival::owners),
-    ("drift", "others change what a lease holds", survival::drift),
-    ("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
-    ("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
-    ("descriptors", "who may open what is leased, and for how long", descriptors::run),
-    ("conformance", "the simulated kernel's cases, on a real one", conformance::run),
-    ("demo", "the product at work, told as a story", demo::run),
-    ("bench", "what it costs beside the kernel and its peers", bench::run),
+    scenario("unprivileged", "who may look and who may change", refusals::unprivileged),
+    scenario("bad-input", "every wrong input has its answer", refusals::bad_input),
+    scenario("restart", "the daemon restarts while a guest has its devices", life::restart),
+    scenario("host", "what journal, systemd and the readiness check see", life::host),
+    scenario("hotplug", "devices go and come, leased and not", life::hotplug),
+    scenario("virtual-functions", "made, leased and taken away", virtual_functions::number),
+    scenario("shape", "a tenant's own address and VLAN, for its time", virtual_functions::shape),
+    scenario("owners", "leases end with their process or connection", survival::owners),
+    scenario("drift", "others change what a lease holds", survival::drift),
+    scenario("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
+    scenario("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
+    scenario("descriptors", "who may open what is leased, and for how long", descriptors::run),
+    scenario("conformance", "the simulated kernel's cases, on a real one", conformance::run),
+    scenario(
+        "device-nodes",
+        "a guest through IOMMUFD, found by its devices' nodes",
+        device_nodes::run,
+    )
+    .on_own_kernel(),
+    scenario("demo", "the product at work, told as a story", demo::run),
+    scenario("bench", "what it costs beside the kernel and its peers", bench::run)
+        .on(Purpose::Benchmarks),
 ];
 
-/// Every scenario's name and what it shows.
+/// Every scenario's name, what it shows and what it takes.
 pub fn list() -> Vec<ScenarioInfo> {
-    let info = |(name, about, _): &(&str, &str, Scenario)| ScenarioInfo {
-        name: (*name).to_owned(),
-        about: (*about).to_owned(),
+    let info = |scenario: &Scenario| ScenarioInfo {
+        name: scenario.name.to_owned(),
+        about: scenario.about.to_owned(),
+        machine: scenario.machine,
+        kernels: scenario.kernels.to_vec(),
+        by_name: scenario.by_name,
     };
     SCENARIOS.iter().map(info).collect()
 }
 
-pub(super) fn find(name: &str) -> Option<Scenario> {
-    SCENARIOS.iter().find(|(known, ..)| *known == name).map(|(.., scenario)| *scenario)
+pub(super) fn find(name: &str) -> Option<&'static Scenario> {
+    SCENARIOS.iter().find(|scenario| scenario.name == name)
 }
