@@ -15,7 +15,7 @@ use bytes::Bytes;
 pub use capability::{Capability, Link, LinkSpeed, PciExpress, PortType, PowerManagement};
 pub use extended::{Acs, AcsFlags, ExtendedCapability, ResizableBar, SerialNumber, SrIov};
 pub use list::List;
-use list::Walk;
+use list::{Node, Walk};
 
 /// Bytes of the header every function has (`PCI_STD_HEADER_SIZEOF`).
 const HEADER: usize = 0x40;
@@ -183,7 +183,10 @@ impl ConfigSpace {
             }
         }
         if bytes.len() > CONVENTIONAL && self.may_be_extended() {
-            for node in Walk::new(List::Extended, 0x100, Bytes(bytes)) {
+            // One of number 0 was taken out of the list, which goes on behind it: an H100 has some.
+            let taken_out = |node: &Result<Node<'_>, _>| node.as_ref().is_ok_and(|n| n.id == 0);
+            let members = Walk::new(List::Extended, 0x100, Bytes(bytes));
+            for node in members.filter(|node| !taken_out(node)) {
                 match node.and_then(|node| node.parse(ExtendedCapability::parse)) {
                     Ok(capability) => self.extended.push(capability),
                     Err(problem) => self.note(problem),
