@@ -25,6 +25,8 @@ use crate::transition::{Stopped, Walk};
 
 /// How often one looks whether a device is still held open.
 const LOOKING: Duration = Duration::from_millis(300);
+/// How long a refusal that nobody explains is left before it is believed.
+const MOMENT: Duration = Duration::from_millis(50);
 /// How long a start waits for what the daemon before it has left.
 const STARTING: Duration = Duration::from_secs(2);
 
@@ -195,24 +197,43 @@ impl Broker {
         let groups: BTreeSet<u32> = functions.iter().filter_map(|f| f.iommu_group).collect();
         let devices: Vec<&str> =
             functions.iter().filter_map(|f| f.vfio_device.as_deref()).collect();
-        let cdev = self.host().path("dev/vfio/devices").exists();
-        groups.into_iter().find_map(|group| {
-            let busy = match walk.carry_out(lease, &Step::CheckViable { group }) {
-                Err(Stopped::Step(error)) => *error.cause == Cause::Kernel { errno: Errno::EBUSY },
-                _ => false,
-            };
-            if !busy && !cdev {
-                return None;
-            }
-            let holders = holders::of_group(self.host(), group, &devices).unwrap_or_default();
-            let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
-            let who = match names.is_empty() {
-                false => names.join(", "),
-                true if busy => "a process".to_owned(),
-                true => return None,
-            };
-            Some(format!("{who} holds IOMMU group {group}"))
-        })
+        groups.into_iter().find_map(|group| self.group_held(walk, lease, group, &devices))
+    }
+
+    /// Who holds a group, if somebody does. A refusal that no process explains is asked for once
+    /// more: whoever it was has mostly closed it by then.
+    fn group_held(
+        &self,
+        walk: &Walk<'_>,
+        lease: &mut Lease,
+        group: u32,
+        devices: &[&str],
+    ) -> Option<String> {
+        let mut busy = || match walk.carry_out(lease, &Step::CheckViable { group }) {
+            Err(Stopped::Step(error)) => *error.cause == Cause::Kernel { errno: Errno::EBUSY },
+            _ => false,
+        };
+        let holders = || {
+            let holders = holders::of_group(self.host(), group, devices).unwrap_or_default();
+            holders.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        };
+        // A device's own node can be open without its group's being taken.
+        let mut refused = busy();
+        if !refused && !self.host().path("dev/vfio/devices").exists() {
+            return None;
+        }
+        let mut who = holders();
+        if refused && who.is_empty() {
+            std::thread::sleep(MOMENT);
+            refused = busy();
+            who = holders();
+        }
+        let who = match who.is_empty() {
+            false => who,
+            true if refused => "a process".to_owned(),
+            true => return None,
+        };
+        Some(format!("{who} holds IOMMU group {group}"))
     }
 
     /// Devices at a lease's addresses that are not the lease's.
