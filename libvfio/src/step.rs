@@ -24,7 +24,8 @@ pub enum Step {
         /// The module, as `modprobe` takes it.
         module: String,
     },
-    /// Take NVIDIA's unbind lock, without which unbinding a card in use never returns.
+    /// Take NVIDIA's unbind lock, or see that nobody uses the card where its driver has none:
+    /// unbinding a card in use never returns.
     UnbindLock {
         /// The function.
         device: PciAddress,

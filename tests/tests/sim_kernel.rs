@@ -63,7 +63,7 @@ fn the_tree_holds_together() {
             write(&file, "vfio-pci").unwrap();
         }
         // With some on VFIO, so that what only they have is seen too.
-        for address in ["0000:01:00.1", "0000:14:00.2", "0000:13:00.0"] {
+        for address in ["0000:01:00.1", "0000:14:00.2", "0000:23:00.0"] {
             let function = functions.join(address);
             if function.exists() {
                 write(&function.join("driver/unbind"), address).unwrap();
@@ -213,7 +213,7 @@ fn binding_follows_tables_and_overrides() {
 fn functions_come_and_go() {
     let sim = mount(HGX8);
     let mut inventory = Inventory::scan(&sim.host()).unwrap();
-    let gpu = at("13:00.0");
+    let gpu = at("23:00.0");
     sim.unplug(gpu).unwrap();
     inventory.refresh(&sim.host(), gpu);
     assert!(inventory.get(gpu).is_none());
@@ -226,8 +226,8 @@ fn functions_come_and_go() {
     assert_eq!(inventory.get(gpu).unwrap().driver.as_deref(), Some("nvidia"));
     // A port goes with all that is below it, and a rescan brings it back.
     let all = inventory.functions().len();
-    write(&device(&sim, "14:00.0").join("sriov_numvfs"), "0").unwrap();
-    write(&device(&sim, "11:00.0").join("remove"), "1").unwrap();
+    write(&device(&sim, "24:00.0").join("sriov_numvfs"), "0").unwrap();
+    write(&device(&sim, "21:00.0").join("remove"), "1").unwrap();
     assert_eq!(Inventory::scan(&sim.host()).unwrap().functions().len(), all - 4 - 5);
     write(&sim.root().join("sys/bus/pci/rescan"), "1").unwrap();
     assert_eq!(Inventory::scan(&sim.host()).unwrap().functions().len(), all);

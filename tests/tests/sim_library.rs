@@ -296,3 +296,12 @@ fn cards_in_use_keep_their_lock() {
     assert_eq!(lock.execute(&sim.host()).unwrap(), Outcome::Done);
     assert_eq!(lock.execute(&sim.host()).unwrap(), Outcome::AlreadySo);
 }
+
+/// As on a real H100 with the ordinary driver, which has no `unbindLock`.
+#[test]
+fn where_the_driver_has_no_lock_nobody_may_use_the_card() {
+    let sim = mount(HGX8);
+    let lock = |device: &str| Step::UnbindLock { device: at(device) }.execute(&sim.host());
+    assert_eq!(lock("13:00.0").unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(lock("23:00.0").unwrap(), Outcome::Done);
+}

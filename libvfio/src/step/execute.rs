@@ -6,6 +6,7 @@ use std::process::Command;
 use super::{Cause, Outcome, Step};
 use crate::address::PciAddress;
 use crate::error::Error;
+use crate::holders;
 use crate::host::{HostRoot, LOAD_MODULE};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
@@ -135,14 +136,25 @@ fn modprobe(module: &str) -> Result<(), Cause> {
 }
 
 /// The write succeeds even when the lock is refused, so it is read back.
+///
+/// NVIDIA's driver has the file only where it is built for hypervisors. The ordinary one waits in
+/// its `remove` for whoever has the card open, for ever if need be; so nobody may.
 fn unbind_lock(host: &HostRoot, device: PciAddress) -> Done {
     let file = format!("proc/driver/nvidia/gpus/{device}/unbindLock");
-    let locked = |text: Option<String>| text.is_some_and(|t| t.trim() == "1");
-    if locked(host.text(&file)?) {
+    let Some(now) = host.text(&file)? else { return nobody_uses(host, device) };
+    if now.trim() == "1" {
         return Ok(Outcome::AlreadySo);
     }
     host.write(&file, "1").map_err(|e| Cause::kernel(&e))?;
-    if locked(host.text(&file)?) { Ok(Outcome::Done) } else { Err(Cause::InUse) }
+    let locked = host.text(&file)?.is_some_and(|now| now.trim() == "1");
+    if locked { Ok(Outcome::Done) } else { Err(Cause::InUse) }
+}
+
+fn nobody_uses(host: &HostRoot, device: PciAddress) -> Done {
+    match holders::of_functions(host, &[device].into())?.as_slice() {
+        [] => Ok(Outcome::Done),
+        _ => Err(Cause::InUse),
+    }
 }
 
 fn reset(host: &HostRoot, device: PciAddress) -> Done {

@@ -135,7 +135,7 @@ impl Kernel {
     pub(super) fn detach(&mut self, address: PciAddress) -> Answer {
         let device = self.devices.get(&address).ok_or(Errno::ENODEV)?;
         if device.driver.as_deref() == Some("nvidia")
-            && device.description.users > 0
+            && self.is_in_use(device)
             && !device.unbind_lock
         {
             return Err(Stop::Forever);

@@ -80,6 +80,7 @@ pub struct KernelOptions {
 /// A driver of the PCI bus.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(clippy::struct_excessive_bools)] // Keys of a readable file.
 pub struct Driver {
     /// Name of its directory.
     pub name: String,
@@ -100,6 +101,9 @@ pub struct Driver {
     /// Whether it is a VFIO driver, which matches by override alone.
     #[serde(default)]
     pub vfio: bool,
+    /// Whether it is NVIDIA's as built for hypervisors, whose cards can be locked against new users.
+    #[serde(default)]
+    pub unbind_lock: bool,
 }
 
 /// A PCI function.

@@ -1,6 +1,7 @@
 //! The part of procfs that changes: processes and what they have open, routes, and the nvidia
 //! driver's files. Reads the kernel's state, changes nothing.
 
+use super::described;
 use super::kernel::{Device, Kernel};
 use super::open::Opener;
 use super::tree::Entry;
@@ -20,10 +21,11 @@ impl Kernel {
                 nvidia.then_some(Entry::Directory)
             }
             ["driver", "nvidia", "gpus", card, rest @ ..] => {
-                self.card(card)?;
+                let card = self.card(card)?;
                 match rest {
                     [] => Some(Entry::Directory),
-                    ["unbindLock"] => Some(Entry::File(0o644)),
+                    ["information"] => Some(Entry::File(0o444)),
+                    ["unbindLock"] if self.has_unbind_lock(card) => Some(Entry::File(0o644)),
                     _ => None,
                 }
             }
@@ -57,7 +59,11 @@ impl Kernel {
             ["driver", "nvidia", "gpus"] => {
                 self.cards().map(|card| card.description.address.to_string()).collect()
             }
-            ["driver", "nvidia", "gpus", _] => vec!["unbindLock".into()],
+            ["driver", "nvidia", "gpus", card] => {
+                let lock = self.card(card).is_some_and(|card| self.has_unbind_lock(card));
+                let names = ["information"].into_iter().chain(lock.then_some("unbindLock"));
+                names.map(str::to_owned).collect()
+            }
             [pid] if pid.parse::<u32>().is_ok() => vec!["comm".into(), "fd".into()],
             [pid, "fd"] => {
                 let process = pid.parse().ok().and_then(|pid| self.process(pid));
@@ -72,6 +78,9 @@ impl Kernel {
     pub(super) fn proc_text(&self, path: &[&str]) -> Option<String> {
         match path {
             ["net", "route"] => Some(self.routes()),
+            ["driver", "nvidia", "gpus", card, "information"] => {
+                Some(format!("Device Minor: \t {}\n", self.minor(self.card(card)?)?))
+            }
             ["driver", "nvidia", "gpus", card, "unbindLock"] => {
                 Some(format!("{}\n", u8::from(self.card(card)?.unbind_lock)))
             }
@@ -99,6 +108,27 @@ impl Kernel {
     fn card(&self, name: &str) -> Option<&Device> {
         let device = self.devices.get(&self.find(name)?)?;
         (device.driver.as_deref() == Some("nvidia")).then_some(device)
+    }
+
+    fn has_unbind_lock(&self, card: &Device) -> bool {
+        let driver = self.host.drivers.iter().find(|d| Some(&d.name) == card.driver.as_ref());
+        driver.is_some_and(|driver| driver.unbind_lock)
+    }
+
+    /// The number of a card's node: the driver counts the cards that there are.
+    fn minor(&self, card: &Device) -> Option<usize> {
+        let ours = |d: &&Device| d.description.id.vendor == card.description.id.vendor;
+        let cards = self.devices.values().filter(ours);
+        let cards = cards.filter(|d| d.description.class >> 16 == 3 && d.physical.is_none());
+        cards.map(|d| d.description.address).position(|at| at == card.description.address)
+    }
+
+    /// Whether somebody uses a card of NVIDIA's, so that its driver does not let it go.
+    pub(super) fn is_in_use(&self, card: &Device) -> bool {
+        let node = self.minor(card).map(|minor| format!("/dev/nvidia{minor}"));
+        let open =
+            |process: &described::Process| process.open.iter().any(|f| Some(f) == node.as_ref());
+        card.description.users > 0 || self.host.processes.iter().any(open)
     }
 
     fn processes(&self) -> impl Iterator<Item = u32> {
