@@ -14,10 +14,11 @@ use sysfs_class::SysClass;
 use crate::address::PciAddress;
 use crate::error::Error;
 
-/// What a simulation adds to the files of its host: its name, and a file that loads the module
-/// whose name is written to it.
+/// What a simulation adds to the files of its host: its name, a file that loads the module whose name
+/// is written to it, and one that does what NVIDIA's program would, given the same arguments.
 const SIMULATED: &str = "sim/name";
 pub(crate) const LOAD_MODULE: &str = "sim/load-module";
+pub(crate) const SIMULATED_SRIOV_MANAGE: &str = "sim/sriov-manage";
 
 /// Where a host's kernel interfaces are found.
 #[derive(Debug, Clone)]

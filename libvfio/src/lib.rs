@@ -37,6 +37,7 @@ pub mod memlock;
 pub mod protection;
 pub mod shape;
 
+pub mod backend;
 pub mod policy;
 
 pub mod plan;

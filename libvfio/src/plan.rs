@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::address::PciAddress;
+use crate::backend::{Maker, Offer};
 use crate::error::ErrorKind;
 use crate::inventory::{DriverSource, Inventory};
 use crate::iommu::Isolation;
@@ -32,7 +33,7 @@ pub struct Request {
     pub adopt: bool,
     /// Take also what the host cannot live without.
     pub allow_protected: bool,
-    /// Settings of the virtual functions of network cards, for the time of the lease.
+    /// Settings of the virtual functions, for the time of the lease.
     pub shape: Shape,
     /// A user who may open the functions' nodes, for the time of the lease.
     pub node_access: Option<u32>,
@@ -58,8 +59,10 @@ pub struct Circumstances {
     pub claims: BTreeMap<PciAddress, Claim>,
     /// Physical functions whose autoprobe is off because they were given virtual ones.
     pub autoprobe_off: BTreeSet<PciAddress>,
-    /// Network settings of virtual functions as they are, of those that have any.
-    pub shapes: BTreeMap<PciAddress, Shape>,
+    /// What can be set on virtual functions, and how it is.
+    pub offers: BTreeMap<PciAddress, Vec<Offer>>,
+    /// Physical functions whose virtual ones are made by others than the kernel alone.
+    pub makers: BTreeMap<PciAddress, Maker>,
     /// What the host does with its devices, and which processes hold them.
     pub uses: Vec<Use>,
     /// Functions that are not trusted, and why.
@@ -164,8 +167,9 @@ pub fn attach(
     let mut found = Vec::new();
     for function in &members.taken {
         found.extend(reasons::refuse_function(inventory, circumstances, request, function));
-        found.extend(shaping::refuse(circumstances, request, function));
+        found.extend(shaping::refuse(inventory, circumstances, request, function));
     }
+    found.extend(shaping::refuse_all(circumstances, request, &members.taken));
     for sibling in &members.left {
         found.extend(reasons::refuse_sibling(inventory, circumstances, request, sibling));
     }
@@ -173,7 +177,7 @@ pub fn attach(
         return Err(refusal);
     }
     let shaped = |function: &Function| shaping::steps(circumstances, request, function);
-    let mut plan = steps(inventory, &members, shaped);
+    let mut plan = steps(inventory, &members, request.shape.keeps_driver(), shaped);
     // Root may open them as they are.
     if let Some(user) = request.node_access.filter(|user| *user != 0) {
         let access =
@@ -230,13 +234,14 @@ fn members<'a>(inventory: &'a Inventory, request: &Request) -> Members<'a> {
 fn steps(
     inventory: &Inventory,
     members: &Members<'_>,
+    stay: bool,
     shaped: impl Fn(&Function) -> Vec<Step>,
 ) -> Plan {
     let mut plan = Plan { groups: members.groups.clone(), ..Plan::default() };
     let mut modules = Vec::new();
     for function in &members.taken {
         plan.devices.insert(function.address, function.binding());
-        if function.on_vfio() {
+        if stay || function.on_vfio() {
             plan.steps.extend(shaped(function));
             continue;
         }

@@ -10,9 +10,10 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::address::PciAddress;
+use crate::backend::Maker;
 use crate::error::ErrorKind;
 use crate::host::HostRoot;
-use crate::shape::Shape;
+use crate::shape::{Setting, Value};
 
 /// One change. What a dry run prints, what is executed, what the ledger records and, inverted,
 /// what undo and release run.
@@ -75,15 +76,20 @@ pub enum Step {
         from: u16,
         /// How many there shall be.
         to: u16,
+        /// Who makes them.
+        #[serde(default)]
+        by: Maker,
     },
-    /// Change a setting of a network card's virtual function.
+    /// Change a setting of a virtual function.
     Shape {
         /// The virtual function.
         device: PciAddress,
+        /// The setting.
+        setting: Setting,
         /// What it is.
-        from: Shape,
+        from: Value,
         /// What it shall be.
-        to: Shape,
+        to: Value,
     },
     /// Let a user open the nodes of a function that is on VFIO, or no longer.
     NodeAccess {
@@ -185,7 +191,10 @@ mod number {
 
 impl Cause {
     fn kernel(error: &io::Error) -> Self {
-        Self::Kernel { errno: Errno::from_raw(error.raw_os_error().unwrap_or(0)) }
+        match error.raw_os_error() {
+            Some(number) => Self::Kernel { errno: Errno::from_raw(number) },
+            None => Self::Host(error.to_string()),
+        }
     }
 }
 
@@ -195,6 +204,12 @@ impl StepError {
         match (&self.step, &*self.cause) {
             (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
+            (Step::Shape { .. }, Cause::Kernel { errno: Errno::EINVAL | Errno::ERANGE }) => {
+                ErrorKind::InvalidArgument
+            }
+            (Step::Shape { .. }, Cause::Kernel { errno: Errno::EIO | Errno::ENOSPC }) => {
+                ErrorKind::Busy
+            }
             (Step::LoadModule { .. }, _)
             | (
                 Step::Shape { .. } | Step::NodeAccess { .. },
@@ -231,13 +246,20 @@ impl fmt::Display for Step {
             Self::SetAutoprobe { device, to: false, .. } => {
                 write!(f, "keep host drivers from new virtual functions of {device}")
             }
-            Self::SetVirtualFunctions { device, from, to: 0 } => {
-                write!(f, "remove all virtual functions of {device} (were {from})")
+            Self::SetVirtualFunctions { device, from, to, by } => {
+                let by = match by {
+                    Maker::Kernel => "",
+                    Maker::SriovManage => " with sriov-manage",
+                };
+                match to {
+                    0 => write!(f, "remove all virtual functions of {device}{by} (were {from})"),
+                    _ => write!(f, "make {to} virtual functions of {device}{by} (were {from})"),
+                }
             }
-            Self::SetVirtualFunctions { device, from, to } => {
-                write!(f, "make {to} virtual functions of {device} (were {from})")
+            Self::Shape { device, setting, from, to } => {
+                let unit = setting.unit().map(|unit| format!(" {unit}")).unwrap_or_default();
+                write!(f, "give {device} {} {to}{unit} (was {from})", setting.label())
             }
-            Self::Shape { device, from, to } => write!(f, "give {device} {to} (was {from})"),
             Self::NodeAccess { device, user, allowed: true } => {
                 write!(f, "let user {user} open the VFIO nodes of {device}")
             }
@@ -307,6 +329,11 @@ impl Step {
         }
     }
 
+    /// Whether it changes what configuration space says for as long as the function is there.
+    pub fn changes_configuration(&self) -> bool {
+        matches!(self, Self::Shape { setting: Setting::Msix, .. })
+    }
+
     /// Whether it is about which driver a function is on.
     pub fn is_binding(&self) -> bool {
         matches!(
@@ -335,11 +362,12 @@ impl Step {
             Self::SetAutoprobe { device, from, to } => {
                 Some(Self::SetAutoprobe { device: *device, from: *to, to: *from })
             }
-            Self::SetVirtualFunctions { device, from, to } => {
-                Some(Self::SetVirtualFunctions { device: *device, from: *to, to: *from })
+            Self::SetVirtualFunctions { device, from, to, by } => {
+                Some(Self::SetVirtualFunctions { device: *device, from: *to, to: *from, by: *by })
             }
-            Self::Shape { device, from, to } => {
-                Some(Self::Shape { device: *device, from: to.clone(), to: from.clone() })
+            Self::Shape { device, setting, from, to } => {
+                let (device, setting) = (*device, *setting);
+                Some(Self::Shape { device, setting, from: to.clone(), to: from.clone() })
             }
             Self::NodeAccess { device, user, allowed } => {
                 Some(Self::NodeAccess { device: *device, user: *user, allowed: !allowed })
@@ -390,6 +418,10 @@ impl Step {
             (Self::SetVirtualFunctions { .. }, Cause::Kernel { errno: Errno::ENOENT }) => {
                 "its driver cannot make virtual functions; load the one that can".to_owned()
             }
+            (Self::SetVirtualFunctions { by: Maker::SriovManage, .. }, Cause::Program(_)) => {
+                "stop what uses the card (nvidia-persistenced, dcgm, vGPUs) and try again"
+                    .to_owned()
+            }
             (Self::Shape { .. }, Cause::Kernel { errno: Errno::EOPNOTSUPP }) => {
                 "the driver of its physical function cannot do that; ask for less".to_owned()
             }
@@ -400,6 +432,22 @@ impl Step {
             }
             (Self::LockMemory { process, .. }, _) => {
                 format!("see whether process {process} still runs")
+            }
+            (
+                Self::Shape { setting: Setting::MaxRate, .. },
+                Cause::Kernel { errno: Errno::EINVAL },
+            ) => "a rate takes a link: set the card's interface up, and give at most its speed"
+                .to_owned(),
+            (Self::Shape { device, setting, .. }, Cause::Kernel { errno }) => {
+                let what = match errno {
+                    Errno::EIO | Errno::ENOSPC => "its physical function has no room for that now",
+                    Errno::EBUSY => "it is in use",
+                    _ => "its driver does not take that",
+                };
+                format!(
+                    "{what}: see what {} may be with 'vfioctl vf show {device}'",
+                    setting.label()
+                )
             }
             (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::hint::black_box;
 
+use libvfio::backend;
 use libvfio::ids::{self, Key};
 use libvfio::modalias;
 use libvfio::pci::config;
@@ -20,12 +21,13 @@ pub(crate) struct Target {
 }
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 6] = [
+pub(crate) const TARGETS: [Target; 7] = [
     Target { name: "config", run: config_space },
     Target { name: "ids", run: pci_ids },
     Target { name: "ledger", run: lease },
     Target { name: "modalias", run: aliases },
     Target { name: "mountinfo", run: mounts },
+    Target { name: "settings", run: settings },
     Target { name: "uevent", run: report },
 ];
 
@@ -111,5 +113,16 @@ fn mounts(bytes: &[u8]) {
 fn report(bytes: &[u8]) {
     if let Some(function) = uevent::subject(bytes) {
         assert_eq!(function.to_string().parse(), Ok(function));
+    }
+}
+
+/// Files of virtual functions' settings: vGPU types and scheduling priorities.
+fn settings(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    for (_, name) in backend::vgpu_types(&text) {
+        assert!(!name.chars().any(char::is_control));
+    }
+    if let Some((value, choices)) = backend::priorities(&text) {
+        assert!(choices.iter().any(|choice| choice.value == value));
     }
 }

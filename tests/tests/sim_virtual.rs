@@ -7,12 +7,13 @@ use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::inventory::Inventory;
 use libvfio::pci::{Binding, Sriov};
+use libvfio::shape::{Setting, Value};
 use nix::errno::Errno;
 use vfiod::broker::{Asker, Broker};
 use vfiod::lease::Lease;
 use vfiod::request::{AttachOptions, ReleaseOptions};
 use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim};
-use vfiod_tests::trial::{Setting, eventually};
+use vfiod_tests::trial::{Setting as Trial, eventually};
 
 /// A network card with seven VFs, and another whose VFs are on the same bus.
 const HOST: &str = r#"
@@ -80,8 +81,8 @@ fn start() -> (Sim, tempfile::TempDir, Arc<Broker>) {
     (sim, dir, broker)
 }
 
-fn setting(sim: &Sim, dir: &tempfile::TempDir) -> Setting {
-    Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), dir.path())
+fn setting(sim: &Sim, dir: &tempfile::TempDir) -> Trial {
+    Trial::new(env!("CARGO_BIN_EXE_trial"), sim.root(), dir.path())
 }
 
 /// How many VFs the kernel has, whether new ones are offered, and how each is bound.
@@ -235,8 +236,8 @@ fn network_settings_are_for_virtual_functions_with_an_interface_above() {
     let (sim, _dir, broker) = start();
     broker.set_virtual_functions(at(PF), 1, 0).unwrap();
     let before = kernel(&sim);
-    let shape = libvfio::shape::Shape { vlan: Some(7), ..Default::default() };
-    let options = AttachOptions { vf_of: Some(PF.to_owned()), shape, ..AttachOptions::default() };
+    let mut options = AttachOptions { vf_of: Some(PF.to_owned()), ..AttachOptions::default() };
+    options.shape.set(Setting::Vlan, Value::Number(7)).unwrap();
     let refused = broker.attach(&[], "alice", &options, Asker::default()).unwrap_err();
     assert_eq!(refused.kind(), Some(ErrorKind::Unsupported));
     assert!(refused.to_string().contains("no network interface"), "{refused}");

@@ -83,7 +83,7 @@ fn what_cannot_be_simulated_is_refused_with_a_remedy() {
     let error = refused(&["--simulate", "workstation"]);
     assert!(error.contains("dbus-daemon --session --print-address --fork"), "{error}");
     let error = refused(&["--simulate", "nowhere", "--bus", "unix:path=/nowhere"]);
-    assert!(error.contains("workstation, hgx8, scale"), "{error}");
+    assert!(error.contains("workstation, hgx8, scale, xe, vgpu"), "{error}");
     let error = refused(&["--simulate", "hgx8", "--root", "/tmp"]);
     assert!(error.contains("cannot be used with"), "{error}");
 }

@@ -10,6 +10,7 @@ mod lagging;
 mod leasing;
 mod opening;
 mod quarantining;
+mod shaping;
 mod virtual_functions;
 mod watching;
 
@@ -19,9 +20,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use libvfio::address::PciAddress;
+use libvfio::backend::Offer;
 use libvfio::client::{DeviceRecord, Failure, GroupRecord, PlanRecord};
 use libvfio::error::{Error, ErrorKind};
 use libvfio::host::HostRoot;
@@ -29,7 +30,6 @@ use libvfio::inventory::Inventory;
 use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection::Use;
-use libvfio::shape::Shape;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::history::History;
@@ -135,11 +135,8 @@ struct Data {
 #[derive(Default)]
 struct Around {
     uses: Vec<Use>,
-    shapes: BTreeMap<PciAddress, Shape>,
+    offers: BTreeMap<PciAddress, Vec<Offer>>,
 }
-
-/// How long reading a virtual function's network settings may take.
-const SHAPING: Duration = Duration::from_secs(5);
 
 /// Somebody who waits for one answer. Work may go on after it was given.
 #[derive(Debug)]
@@ -321,18 +318,7 @@ impl Broker {
     /// Looks at all that a request would touch.
     fn look_around(&self, request: &Request) -> Result<Around, Failure> {
         let uses = self.uses(&self.refresh_around(request)?)?;
-        let mut shapes = BTreeMap::new();
-        if !request.shape.is_empty() {
-            for device in &request.devices {
-                let read = self.walker.means.workers.shape(*device, SHAPING);
-                let unread = |e| {
-                    let why = format!("cannot read the network settings of {device}: {e}");
-                    Failure::new(ErrorKind::Internal, why)
-                };
-                shapes.extend(read.map_err(unread)?.map(|shape| (*device, shape)));
-            }
-        }
-        Ok(Around { uses, shapes })
+        Ok(Around { uses, offers: self.offers_around(request)? })
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
@@ -376,8 +362,10 @@ impl Broker {
         for name in names {
             devices.insert(inventory.resolve(name)?);
         }
-        if options.shape.mac.is_some() && devices.len() > 1 {
-            let why = "an address is for one virtual function; lease them one by one";
+        let mut single = options.shape.each().filter(|(setting, _)| setting.is_for_one());
+        if let Some((setting, _)) = single.next().filter(|_| devices.len() > 1) {
+            let what = setting.label();
+            let why = format!("an {what} is for one virtual function; lease them one by one");
             return Err(Failure::new(ErrorKind::InvalidArgument, why));
         }
         Ok(Request {
@@ -392,8 +380,8 @@ impl Broker {
 }
 
 fn plan_within(data: &Data, request: &Request, found: Around) -> Result<Plan, Refusal> {
-    let Around { uses, shapes } = found;
-    let circumstances = Circumstances { shapes, ..circumstances(data, uses) };
+    let Around { uses, offers } = found;
+    let circumstances = Circumstances { offers, ..circumstances(data, uses) };
     plan::attach(&data.inventory, &circumstances, request)
 }
 

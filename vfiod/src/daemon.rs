@@ -57,7 +57,7 @@ pub struct Args {
     /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
-    /// Serve a simulated host instead, without any device: workstation, hgx8, scale, or the file
+    /// Serve a simulated host instead, without any device: workstation, hgx8, scale, xe, vgpu, or the file
     /// that describes it; needs --bus
     #[arg(long, value_name = "HOST", conflicts_with = "root")]
     simulate: Option<String>,

@@ -1,11 +1,10 @@
 //! What callers may say: names, tenants and options. Plain checks; touches nothing.
 
 use std::collections::HashMap;
-use std::str::FromStr;
 
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
-use libvfio::shape::{InvalidSetting, Shape};
+use libvfio::shape::{Form, Setting, Shape, Value};
 use zbus::wire::OwnedVariant;
 
 /// Longest name of a tenant, a virtual machine or a device, in bytes.
@@ -30,7 +29,7 @@ pub struct AttachOptions {
     pub whole_group: bool,
     /// Accept devices somebody else has put on VFIO.
     pub adopt: bool,
-    /// Network settings of the virtual functions, for the time of the lease.
+    /// Settings of the virtual functions, for the time of the lease.
     pub shape: Shape,
     /// Choose free virtual functions of this physical one.
     pub vf_of: Option<String>,
@@ -148,28 +147,14 @@ impl AttachOptions {
                 "adopt" => options.adopt = flag(key, value)?,
                 "allow_protected" => options.allow_protected = flag(key, value)?,
                 "node_access" => options.node_access = flag(key, value)?,
-                "mac" => options.shape.mac = Some(setting(&text(key, value)?)?),
-                "vlan" => options.shape.vlan = Some(vlan(number(key, value)?)?),
-                "spoof_check" => options.shape.spoof_check = Some(flag(key, value)?),
-                "trust" => options.shape.trust = Some(flag(key, value)?),
-                "link" => options.shape.link = Some(setting(&text(key, value)?)?),
-                "max_rate" => options.shape.max_rate = Some(number(key, value)?),
                 "vf_of" => options.vf_of = Some(text(key, value)?),
                 "count" => options.count = Some(number(key, value)?),
                 "pid" => options.pid = Some(number(key, value)?),
                 "while_connected" => options.while_connected = flag(key, value)?,
-                _ => {
-                    let known = [
-                        "vm",
-                        "whole_group",
-                        "adopt",
-                        "allow_protected",
-                        "node_access",
-                        "pid",
-                        "while_connected",
-                    ];
-                    return Err(unknown(key, &known));
-                }
+                name => match Setting::from_name(name) {
+                    Some(setting) => options.set(setting, value)?,
+                    None => return Err(unknown_to_attach(name)),
+                },
             }
         }
         if options.count.is_some() && options.vf_of.is_none() {
@@ -188,6 +173,32 @@ impl AttachOptions {
         }
         Ok(options)
     }
+
+    fn set(&mut self, setting: Setting, raw: &OwnedVariant) -> Result<(), Failure> {
+        let key = setting.name();
+        let value = match setting.form() {
+            Form::Flag => Value::Flag(flag(key, raw)?),
+            Form::Number => Value::Number(size(key, raw)?),
+            Form::Text => Value::Text(text(key, raw)?),
+        };
+        self.shape.set(setting, value).map_err(|e| invalid(format!("option '{key}': {e}")))
+    }
+}
+
+fn unknown_to_attach(key: &str) -> Failure {
+    const KNOWN: [&str; 9] = [
+        "vm",
+        "whole_group",
+        "adopt",
+        "allow_protected",
+        "node_access",
+        "vf_of",
+        "count",
+        "pid",
+        "while_connected",
+    ];
+    let known: Vec<&str> = KNOWN.into_iter().chain(Setting::ALL.map(Setting::name)).collect();
+    unknown(key, &known)
 }
 
 impl ReleaseOptions {
@@ -252,13 +263,13 @@ fn number(key: &str, value: &OwnedVariant) -> Result<u32, Failure> {
         .map_err(|_| wrong(key, "a number of type u"))
 }
 
-fn setting<T: FromStr<Err = InvalidSetting>>(text: &str) -> Result<T, Failure> {
-    text.parse().map_err(|e: InvalidSetting| invalid(e.to_string()))
-}
-
-fn vlan(number: u32) -> Result<u16, Failure> {
-    let known = u16::try_from(number).ok().filter(|vlan| *vlan < 4095);
-    known.ok_or_else(|| invalid(format!("{number} is no VLAN; give 1 to 4094, or 0 for none")))
+/// A number that may be larger than most.
+fn size(key: &str, value: &OwnedVariant) -> Result<u64, Failure> {
+    let wrong = || wrong(key, "a number of type u or t");
+    match number(key, value) {
+        Ok(small) => Ok(small.into()),
+        Err(_) => u64::try_from(value.try_clone().map_err(|_| wrong())?).map_err(|_| wrong()),
+    }
 }
 
 fn text(key: &str, value: &OwnedVariant) -> Result<String, Failure> {
@@ -302,6 +313,14 @@ mod tests {
     }
 
     #[test]
+    fn settings_are_called_the_same_on_the_bus_and_on_disk() {
+        for setting in Setting::ALL {
+            let stored = serde_json::to_value(setting).unwrap();
+            assert_eq!(stored, setting.name());
+        }
+    }
+
+    #[test]
     fn options_are_typed_and_known() {
         assert!(AttachOptions::read(&raw("whole_group", true)).unwrap().whole_group);
         assert_eq!(AttachOptions::read(&raw("vm", "a")).unwrap().vm.as_deref(), Some("a"));
@@ -314,6 +333,13 @@ mod tests {
         let mut both = raw("pid", 7u32);
         both.extend(raw("while_connected", true));
         assert!(AttachOptions::read(&both).is_err());
+        let shape = AttachOptions::read(&raw("vram_quota", 1u64 << 40)).unwrap().shape;
+        assert_eq!(shape.get(Setting::VramQuota), Some(&Value::Number(1 << 40)));
+        assert!(AttachOptions::read(&raw("vlan", 4095u32)).is_err());
+        assert!(AttachOptions::read(&raw("vlan", "7")).is_err());
+        assert!(AttachOptions::read(&raw("trust", 1u32)).is_err());
+        let error = AttachOptions::read(&raw("vlam", 7u32)).unwrap_err().to_string();
+        assert!(error.contains("vlan") && error.contains("while_connected"), "{error}");
         let error = ReleaseOptions::read(&raw("rest", true)).unwrap_err().to_string();
         assert!(error.contains("reset"), "{error}");
     }

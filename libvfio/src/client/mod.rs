@@ -5,6 +5,7 @@
 mod failure;
 mod holding;
 mod records;
+mod setting;
 
 pub use failure::Failure;
 pub use holding::{HolderRecord, HoldersRecord, UseRecord};
@@ -12,6 +13,7 @@ pub use records::{
     BarRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
     ReasonRecord, StepRecord,
 };
+pub use setting::{ChoiceRecord, SettingRecord};
 
 use std::collections::HashMap;
 
@@ -55,6 +57,9 @@ pub trait Manager {
 
     /// What the host does with a device's group, and which processes hold it.
     fn holders(&self, device: &str) -> Result<HoldersRecord, Failure>;
+
+    /// What can be set on a virtual function for the time of a lease.
+    fn list_settings(&self, device: &str) -> Result<Vec<SettingRecord>, Failure>;
 
     /// Every PCI function.
     fn list_devices(&self, options: Options<'_>) -> Result<Vec<DeviceRecord>, Failure>;

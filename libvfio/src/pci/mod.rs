@@ -295,6 +295,12 @@ pub fn virtual_functions(host: &HostRoot, physical: PciAddress) -> Vec<PciAddres
     found
 }
 
+/// Interrupt vectors (MSI-X) a function has now: the one thing in configuration space that a physical
+/// function may change for a virtual one.
+pub(crate) fn msix_vectors(host: &HostRoot, address: PciAddress) -> Option<u16> {
+    config::parse(&read_config(&host.function(address)).ok()?).msix_vectors()
+}
+
 impl Ids {
     /// From `uevent`, which has them all in one read; what it lacks from the attributes, the
     /// revision from configuration space.

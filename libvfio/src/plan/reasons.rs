@@ -75,7 +75,7 @@ pub(super) fn refuse_function(
             format!("remove them first ('vfioctl vf set {address} 0')"),
         ));
     }
-    if inventory.vfio_pci == DriverSource::Missing {
+    if inventory.vfio_pci == DriverSource::Missing && !request.shape.keeps_driver() {
         reasons.push(reason(
             ErrorKind::Unsupported,
             "no-vfio-pci",

@@ -6,6 +6,7 @@
 use super::reasons::{leased, uses};
 use super::{Circumstances, Plan, Reason, Refusal, Request};
 use crate::address::PciAddress;
+use crate::backend::Maker;
 use crate::error::ErrorKind;
 use crate::inventory::Inventory;
 use crate::pci::{Function, Sriov};
@@ -43,7 +44,10 @@ pub fn virtual_functions(
     let members = virtuals.into_iter().chain([function.as_ref()]);
     plan.devices = members.map(|f| (f.address, f.binding())).collect();
     let ours = circumstances.autoprobe_off.contains(&physical);
-    plan.steps = steps(physical, (enabled, count), autoprobe, ours);
+    plan.steps = match circumstances.makers.get(&physical).copied().unwrap_or_default() {
+        Maker::Kernel => steps(physical, (enabled, count), autoprobe, ours),
+        by @ Maker::SriovManage => numbers(physical, (enabled, count), by),
+    };
     Ok(plan)
 }
 
@@ -55,16 +59,17 @@ fn steps(device: PciAddress, (from, to): (u16, u16), autoprobe: bool, ours: bool
     if autoprobe && to > 0 {
         steps.push(Step::SetAutoprobe { device, from: true, to: false });
     }
-    if from > 0 && to > 0 {
-        steps.push(Step::SetVirtualFunctions { device, from, to: 0 });
-        steps.push(Step::SetVirtualFunctions { device, from: 0, to });
-    } else {
-        steps.push(Step::SetVirtualFunctions { device, from, to });
-    }
+    steps.extend(numbers(device, (from, to), Maker::Kernel));
     if !autoprobe && ours && to == 0 {
         steps.push(Step::SetAutoprobe { device, from: false, to: true });
     }
     steps
+}
+
+/// From one number to another, by way of none.
+fn numbers(device: PciAddress, (from, to): (u16, u16), by: Maker) -> Vec<Step> {
+    let step = |from, to| Step::SetVirtualFunctions { device, from, to, by };
+    if from > 0 && to > 0 { vec![step(from, 0), step(0, to)] } else { vec![step(from, to)] }
 }
 
 /// Why a function cannot have that many.
@@ -103,6 +108,12 @@ fn refuse_physical(circumstances: &Circumstances, function: &Function, count: u1
         let text = format!("can have {total} virtual functions, not {count}");
         let remedy = format!("ask for 0 to {total}");
         reasons.push(reason(ErrorKind::InvalidArgument, "too-many", text, &remedy));
+    }
+    let all_or_none = circumstances.makers.get(&address) == Some(&Maker::SriovManage);
+    if all_or_none && (1..total).contains(&count) {
+        let text = format!("can have {total} virtual functions or none, not {count}");
+        let remedy = format!("ask for 0 or {total}: NVIDIA's sriov-manage knows no other number");
+        reasons.push(reason(ErrorKind::InvalidArgument, "too-few", text, &remedy));
     }
     if count > 0
         && let Some(why) = circumstances.quarantined.get(&address)

@@ -205,8 +205,8 @@ pub const SELECTOR: Section = Section {
 /// The keys of `[pool.NAME.shape]`.
 pub const SHAPE: Section = Section {
     title: "[pool.NAME.shape]",
-    about: "Settings of network cards' virtual functions, through the physical function's \
-            interface. The same for all.",
+    about: "[Settings](guide.md#settings-for-the-time-of-a-lease) of virtual functions, the same for \
+            all. What one of them cannot be given is refused when it is leased.",
     keys: &[
         key("vlan", Kind::Number(0, 4094), "as made", "VLAN, 0 for none"),
         key(
@@ -218,6 +218,16 @@ pub const SHAPE: Section = Section {
         key("trust", Kind::Flag, "as made", "whether the guest may do what only trusted ones may"),
         key("link", Kind::Text, "as made", "`auto`, `up` or `down`"),
         key("max-rate", Kind::Number(0, u32::MAX), "as made", "Mbit/s it may send, 0 for no limit"),
+        key("msix", Kind::Number(1, 2048), "as made", "interrupt vectors"),
+        key("exec-quantum", Kind::Number(0, 100_000), "as made", "ms at a time, 0 for no limit"),
+        key(
+            "preempt-timeout",
+            Kind::Number(0, 100_000_000),
+            "as made",
+            "us that others wait for it, 0 for no limit",
+        ),
+        key("sched-priority", Kind::Text, "as made", "`low`, `normal` or `high`"),
+        key("vgpu-type", Kind::Number(1, u32::MAX), "none", "NVIDIA vGPU type, by its number"),
     ],
 };
 

@@ -13,7 +13,7 @@ use super::{BOOT_LIMIT, Lessees, Mode, Policy, Pool, Problem, Problems, Selector
 use crate::address::PciAddress;
 use crate::iommu::Isolation;
 use crate::pci::class::ClassAlias;
-use crate::shape::{Link, Shape};
+use crate::shape::{self, Form, Setting, Shape};
 
 /// The longest name of a pool, in bytes.
 const LONGEST: usize = 64;
@@ -361,18 +361,27 @@ impl Reader<'_> {
         };
         let table = given.value;
         self.know(table, section);
-        let link = self.text(table, section, "link");
-        let vlan = self.number(table, section, "vlan");
-        let vlan = vlan.and_then(|given| u16::try_from(given.value).ok());
-        let max_rate = self.number(table, section, "max-rate").map(|given| given.value);
-        Shape {
-            vlan,
-            spoof_check: self.flag(table, section, "spoof-check"),
-            trust: self.flag(table, section, "trust"),
-            link: self.read(link, parse, &Link::NAMES),
-            max_rate,
-            ..Shape::default()
+        let mut shape = Shape::default();
+        for name in section.keys.iter().map(|key| key.name) {
+            let Some(setting) = Setting::from_name(&name.replace('-', "_")) else { continue };
+            let of = |text: &str| {
+                setting.check(shape::Value::Text(text.to_owned())).map_err(|e| e.to_string())
+            };
+            let value = match setting.form() {
+                Form::Flag => self.flag(table, section, name).map(shape::Value::Flag),
+                Form::Number => {
+                    let given = self.number(table, section, name);
+                    given.map(|given| shape::Value::Number(given.value.into()))
+                }
+                Form::Text => {
+                    let given = self.text(table, section, name);
+                    self.read(given, of, setting.words())
+                }
+            };
+            // Texts were checked, and the keys' limits are the settings' own.
+            let _ = value.map(|value| shape.set(setting, value));
         }
+        shape
     }
 }
 

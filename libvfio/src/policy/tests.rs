@@ -37,7 +37,9 @@ correct-drift = true
     assert_eq!((gpus.mode, gpus.isolation, gpus.vfs), (Mode::OnLease, Isolation::Full, None));
     assert_eq!((net.mode, net.vfs, net.keep_for_host), (Mode::Passthrough, Some(4), 1));
     assert_eq!((net.select[0].vendor, net.select[0].device), (Some(0x8086), Some(0x10c9)));
-    assert_eq!(net.shape.to_string(), "VLAN 7, trust off, link up");
+    let shape: Vec<String> =
+        net.shape.each().map(|(setting, value)| format!("{} {value}", setting.name())).collect();
+    assert_eq!(shape, ["vlan 7", "trust off", "link up"]);
     assert_eq!(net.place.to_string(), "a:3:7");
     assert!(net.correct_drift && net.d3cold == Some(false));
     assert!(net.lessees.serves("ops-7") && !net.lessees.serves("alice"));

@@ -5,12 +5,13 @@ use std::process::Command;
 
 use super::{Cause, Outcome, Step};
 use crate::address::PciAddress;
+use crate::backend::{Handle, Maker, SRIOV_MANAGE};
 use crate::error::Error;
 use crate::holders;
-use crate::host::{HostRoot, LOAD_MODULE};
+use crate::host::{HostRoot, LOAD_MODULE, SIMULATED_SRIOV_MANAGE};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
-use crate::shape::{self, Shape};
+use crate::shape::{Setting, Value};
 use crate::{acl, memlock, vfio};
 
 type Done = Result<Outcome, Cause>;
@@ -27,10 +28,10 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
         Step::Bind { device, driver } => bind(host, *device, driver),
         Step::Reset { device } => reset(host, *device),
         Step::SetAutoprobe { device, from, to } => set_autoprobe(host, *device, *from, *to),
-        Step::SetVirtualFunctions { device, from, to } => {
-            set_virtual_functions(host, *device, *from, *to)
+        Step::SetVirtualFunctions { device, from, to, by } => {
+            set_virtual_functions(host, *device, *by, *from, *to)
         }
-        Step::Shape { device, from, to } => set_shape(host, *device, from, to),
+        Step::Shape { device, setting, from, to } => set_shape(host, *device, *setting, from, to),
         Step::NodeAccess { device, user, allowed } => node_access(host, *device, *user, *allowed),
         Step::LockMemory { process, bytes } => lock_memory(*process, *bytes),
         Step::CheckViable { group } => check_viable(host, *group),
@@ -117,7 +118,7 @@ fn load_module(host: &HostRoot, module: &str) -> Done {
         return Ok(Outcome::AlreadySo);
     }
     if host.is_real() {
-        modprobe(module)?;
+        run(Command::new("modprobe").arg(module))?;
     } else if host.path(LOAD_MODULE).exists() {
         host.write(LOAD_MODULE, module).map_err(|e| Cause::kernel(&e))?;
     } else {
@@ -127,8 +128,8 @@ fn load_module(host: &HostRoot, module: &str) -> Done {
     read_back(Some(module), there().then_some(module))
 }
 
-fn modprobe(module: &str) -> Result<(), Cause> {
-    let output = Command::new("modprobe").arg(module).output().map_err(|e| Cause::kernel(&e))?;
+fn run(program: &mut Command) -> Result<(), Cause> {
+    let output = program.output().map_err(|e| Cause::kernel(&e))?;
     if !output.status.success() {
         return Err(Cause::Program(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
@@ -183,40 +184,63 @@ fn set_autoprobe(host: &HostRoot, device: PciAddress, from: bool, to: bool) -> D
 
 /// A driver may make fewer than it was asked for and report success (`sriov_numvfs_store`,
 /// `drivers/pci/pci-sysfs.c`); then none are left.
-fn set_virtual_functions(host: &HostRoot, device: PciAddress, from: u16, to: u16) -> Done {
+fn set_virtual_functions(
+    host: &HostRoot,
+    device: PciAddress,
+    by: Maker,
+    from: u16,
+    to: u16,
+) -> Done {
     let dir = host.function(device);
-    let (from, to) = (from.to_string(), to.to_string());
+    let (from, wanted) = (from.to_string(), to.to_string());
     let now = dir.attr("sriov_numvfs")?;
-    if now.as_deref() == Some(to.as_str()) {
+    if now.as_deref() == Some(wanted.as_str()) {
         return Ok(Outcome::AlreadySo);
     }
     if now.as_deref() != Some(from.as_str()) {
         return Err(changed(Some(&from), now.as_deref()));
     }
-    dir.write("sriov_numvfs", &to).map_err(|e| Cause::kernel(&e))?;
+    let make = |number: &str| match by {
+        Maker::Kernel => dir.write("sriov_numvfs", number).map_err(|e| Cause::kernel(&e)),
+        Maker::SriovManage => sriov_manage(host, device, number != "0"),
+    };
+    make(&wanted)?;
     let found = dir.attr("sriov_numvfs")?;
-    if found.as_deref() != Some(to.as_str()) && from == "0" {
-        dir.write("sriov_numvfs", &from).map_err(|e| Cause::kernel(&e))?;
+    if found.as_deref() != Some(wanted.as_str()) && from == "0" {
+        make(&from)?;
     }
-    read_back(Some(&to), found.as_deref())
+    read_back(Some(&wanted), found.as_deref())
 }
 
-fn set_shape(host: &HostRoot, device: PciAddress, from: &Shape, to: &Shape) -> Done {
-    let read = || {
-        let now = shape::read(host, device).map_err(|e| Cause::kernel(&e))?;
-        let gone = || changed(Some("a network card's virtual function"), None);
-        Ok::<_, Cause>(now.ok_or_else(gone)?.only(to))
-    };
-    let now = read()?;
-    if now == *to {
+/// NVIDIA's program makes all virtual functions there can be, or removes them.
+fn sriov_manage(host: &HostRoot, device: PciAddress, make: bool) -> Result<(), Cause> {
+    let option = if make { "-e" } else { "-d" };
+    if host.is_real() {
+        let device = device.to_string();
+        return run(Command::new(host.path(SRIOV_MANAGE)).args([option, &device]));
+    }
+    host.write(SIMULATED_SRIOV_MANAGE, &format!("{option} {device}")).map_err(|e| Cause::kernel(&e))
+}
+
+fn set_shape(
+    host: &HostRoot,
+    device: PciAddress,
+    setting: Setting,
+    from: &Value,
+    to: &Value,
+) -> Done {
+    let failed = |error: std::io::Error| Cause::kernel(&error);
+    let gone = || changed(Some(&format!("a setting: {}", setting.label())), None);
+    let (handle, now) = Handle::find(host, device, setting).map_err(failed)?.ok_or_else(gone)?;
+    if handle.is(to, &now) {
         return Ok(Outcome::AlreadySo);
     }
-    if now != *from {
+    if !handle.is(from, &now) {
         return Err(changed(Some(&from.to_string()), Some(&now.to_string())));
     }
-    shape::write(host, device, to).map_err(|e| Cause::kernel(&e))?;
-    let found = read()?;
-    if found == *to {
+    handle.write(to).map_err(failed)?;
+    let found = handle.read().map_err(failed)?.ok_or_else(gone)?;
+    if handle.is(to, &found) {
         return Ok(Outcome::Done);
     }
     Err(Cause::ReadBack { wanted: to.to_string(), found: found.to_string() })

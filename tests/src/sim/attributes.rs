@@ -19,7 +19,7 @@ pub(super) struct Attribute {
 }
 
 /// Everything but `config`, which is no text.
-pub(super) const ATTRIBUTES: [Attribute; 28] = [
+pub(super) const ATTRIBUTES: [Attribute; 30] = [
     read_only("vendor", all, |_, d| format!("0x{:04x}\n", d.description.id.vendor)),
     read_only("device", all, |_, d| format!("0x{:04x}\n", d.description.id.device)),
     read_only("subsystem_vendor", all, |_, d| format!("0x{:04x}\n", d.description.board.vendor)),
@@ -62,6 +62,11 @@ pub(super) const ATTRIBUTES: [Attribute; 28] = [
         format!("{:x}\n", d.description.sriov.as_ref().map_or(0, |sriov| sriov.device))
     }),
     writable("sriov_drivers_autoprobe", is_physical, |_, d| format!("{}\n", u8::from(d.autoprobe))),
+    read_only("sriov_vf_total_msix", is_physical, |_, d| {
+        let msix = d.description.sriov.as_ref().and_then(|sriov| sriov.msix);
+        format!("{}\n", msix.filter(|_| d.driver.is_some()).map_or(0, |msix| msix.total))
+    }),
+    write_only("sriov_vf_msix_count", |d| d.physical.is_some()),
     read_only(
         "max_link_speed",
         |d| d.description.link.is_some(),
@@ -172,6 +177,7 @@ impl Kernel {
         let state = State {
             regions: &device.regions,
             vfs: u16::try_from(device.vfs.len()).unwrap_or(u16::MAX),
+            vectors: device.given.vectors,
             is_virtual: device.physical.is_some(),
             multifunction: device.physical.is_none() && self.multifunction(function.address),
             subordinate: self.subordinate.get(&function.address).copied().unwrap_or(0),
@@ -191,6 +197,7 @@ impl Kernel {
             ("power/control".to_owned(), 0o644, format!("{}\n", device.power_control)),
             ("power/runtime_status".to_owned(), 0o444, "active\n".to_owned()),
         ];
+        files.extend(self.vendor_files(device));
         for (class, name, path) in self.members_of(address) {
             let below = path.strip_prefix(&device.path).unwrap_or_default().trim_start_matches('/');
             let mut add = |file: &str, text: String| {

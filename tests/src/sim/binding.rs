@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use super::described::Driver;
 use super::event::Action;
 use super::kernel::{Answer, Device, Kernel, Stop, lowest_free};
+use super::vendor::Given;
 
 const PAGE_SIZE: usize = 4096;
 
@@ -157,6 +158,7 @@ impl Kernel {
         let Some(device) = self.devices.get_mut(&address) else { return };
         let had = device.driver.take().is_some();
         device.unbind_lock = false;
+        device.given = Given::with(device.given.vectors);
         if let Some(number) = device.vfio.take() {
             self.vfio.remove(&number);
             self.drop_lists();

@@ -12,6 +12,8 @@ pub(super) struct State<'a> {
     pub(super) regions: &'a [Region],
     /// VFs it has.
     pub(super) vfs: u16,
+    /// Interrupt vectors it has.
+    pub(super) vectors: u16,
     /// Whether it is a VF, which has no ids of its own.
     pub(super) is_virtual: bool,
     /// Whether other functions share its slot.
@@ -112,9 +114,9 @@ impl Space {
             self.u16(power + 2, 0x0003);
             self.u16(power + 4, if state.asleep { 0x000b } else { 0x0008 });
         }
-        if function.vectors > 0 {
+        if let Some(last) = state.vectors.checked_sub(1) {
             let msix = self.capability(0x11, 12);
-            self.u16(msix + 2, function.vectors - 1);
+            self.u16(msix + 2, last);
         }
         if let Some(express) = function.express {
             self.express(function, express, state);

@@ -17,8 +17,15 @@ pub const HGX8: &str = include_str!("../../hosts/hgx8.toml");
 /// Network cards with virtual functions, as many as one asks for.
 pub const SCALE: &str = include_str!("../../hosts/scale.toml");
 
+/// A server with an Intel GPU that the xe driver shares out, and a network card that shares its
+/// interrupt vectors out.
+pub const XE: &str = include_str!("../../hosts/xe.toml");
+/// A server with an NVIDIA GPU that is shared out as vGPUs.
+pub const VGPU: &str = include_str!("../../hosts/vgpu.toml");
+
 /// The hosts that need no file, by name.
-const SHIPPED: [(&str, &str); 3] = [("workstation", WORKSTATION), ("hgx8", HGX8), ("scale", SCALE)];
+const SHIPPED: [(&str, &str); 5] =
+    [("workstation", WORKSTATION), ("hgx8", HGX8), ("scale", SCALE), ("xe", XE), ("vgpu", VGPU)];
 
 /// A host, as its file describes it.
 #[derive(Debug, Clone, Deserialize)]
@@ -208,6 +215,58 @@ pub struct Sriov {
     /// Regions of each.
     #[serde(default)]
     pub bars: Vec<BarSize>,
+    /// Interrupt vectors that the driver shares out among them, if it does.
+    pub msix: Option<Msix>,
+    /// What the xe driver shares out among them.
+    pub xe: Option<Xe>,
+    /// The vGPU types that the nvidia driver knows for them.
+    pub vgpu: Option<Vgpu>,
+}
+
+/// Interrupt vectors shared out among virtual functions.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Msix {
+    /// How many there are.
+    pub total: u16,
+    /// How many each has at first.
+    pub each: u16,
+}
+
+/// What the xe driver shares out among virtual functions.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Xe {
+    /// Video memory for all of them.
+    pub memory: BarSize,
+    /// Whether each has a priority of its own, or the firmware one for all.
+    #[serde(default)]
+    pub priorities: bool,
+    /// Whether that may be high.
+    #[serde(default)]
+    pub high: bool,
+}
+
+/// vGPU types.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vgpu {
+    /// How much there is for all virtual functions.
+    pub room: u32,
+    /// The types.
+    pub types: Vec<VgpuType>,
+}
+
+/// A vGPU type.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VgpuType {
+    /// Its number.
+    pub number: u32,
+    /// Its name.
+    pub name: String,
+    /// How much of the room it takes.
+    pub size: u32,
 }
 
 /// A disk.

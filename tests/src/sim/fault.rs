@@ -33,6 +33,8 @@ pub enum Operation {
     Open,
     /// Saying who may open a node below `dev`; likewise.
     Access,
+    /// A write to a file that gives a virtual function something.
+    Setting,
     /// Loading a module. It is of no function.
     LoadModule,
 }

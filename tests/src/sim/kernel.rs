@@ -15,6 +15,7 @@ use super::files::Files;
 use super::notation::IdPair;
 use super::open::Open;
 use super::resource::{Region, Space};
+use super::vendor::{Given, Profile};
 
 /// A simulated kernel.
 #[derive(Debug)]
@@ -64,6 +65,10 @@ pub(super) struct Device {
     pub(super) d3cold_allowed: bool,
     pub(super) power_control: String,
     pub(super) unbind_lock: bool,
+    /// What it has of what its physical function shares out.
+    pub(super) given: Given,
+    /// What a physical function gives each virtual one by files of its own.
+    pub(super) profiles: Vec<Profile>,
 }
 
 /// Why an operation on the kernel does not return success.
@@ -248,11 +253,13 @@ impl Kernel {
                 net: function.net.as_ref().map(|name| format!("{name}v{index}")),
                 ..function.as_ref().clone()
             });
+            let vectors = sriov.msix.map_or(function.vectors, |msix| msix.each);
             let device = Device {
                 parent,
                 numa,
                 path: format!("{above}/{address}"),
                 physical: Some((physical, index)),
+                given: Given::with(vectors),
                 ..self.device(virtual_function)
             };
             if let Some(pf) = self.devices.get_mut(&physical) {
@@ -280,6 +287,11 @@ impl Kernel {
             d3cold_allowed: true,
             power_control: "on".into(),
             unbind_lock: false,
+            given: Given::with(description.vectors),
+            profiles: vec![
+                Profile::default();
+                description.sriov.as_ref().map_or(0, |sriov| sriov.total.into())
+            ],
             description,
         }
     }

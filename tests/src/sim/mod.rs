@@ -20,6 +20,7 @@ mod sriov;
 mod store;
 mod text;
 mod tree;
+mod vendor;
 mod waiting;
 
 use std::io;
@@ -37,8 +38,8 @@ use nix::unistd::{AccessFlags, access, geteuid};
 use tempfile::TempDir;
 
 pub use described::{
-    Copies, Described, Disk, Driver, Express, Function, HGX8, KernelOptions, Link, Mount, Process,
-    SCALE, Sriov, WORKSTATION,
+    Copies, Described, Disk, Driver, Express, Function, HGX8, KernelOptions, Link, Mount, Msix,
+    Process, SCALE, Sriov, VGPU, Vgpu, VgpuType, WORKSTATION, XE, Xe,
 };
 pub use event::{Action, Uevent};
 pub use fault::{Effect, Fault, Operation};

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::kernel::{Answer, Kernel, Stop};
 use super::text;
+use super::vendor::Profile;
 
 impl Kernel {
     /// `sriov_numvfs_store`.
@@ -48,6 +49,9 @@ impl Kernel {
         for vf in vfs {
             self.drop_driver(vf);
             self.remove(vf);
+        }
+        if let Some(pf) = self.devices.get_mut(&physical) {
+            pf.profiles.fill(Profile::default());
         }
         Ok(self.delay(1000))
     }

@@ -46,7 +46,12 @@ impl Kernel {
                 "sriov_drivers_autoprobe" => Operation::Autoprobe,
                 "reset" => Operation::Reset,
                 "remove" => Operation::Remove,
-                _ => return None,
+                _ => {
+                    return Some((
+                        Operation::Setting,
+                        Some(self.vendor_target(device, attribute)?),
+                    ));
+                }
             };
             return Some((operation, Some(device)));
         }
@@ -65,6 +70,9 @@ impl Kernel {
                 Some((Operation::Unbind, Some(self.find(text)?)))
             }
             ["sim", "load-module"] => Some((Operation::LoadModule, None)),
+            ["sim", "sriov-manage"] => {
+                Some((Operation::NumVfs, Some(self.find(text.split(' ').nth(1)?)?)))
+            }
             _ => None,
         }
     }
@@ -89,6 +97,8 @@ impl Kernel {
                 self.load(&text.trim_end_matches('\n').replace('-', "_"))?;
                 NOW
             }
+            // Nor this: what NVIDIA's program would do.
+            ["sim", "sriov-manage"] => self.sriov_manage(text),
             ["proc", "driver", "nvidia", "gpus", device, "unbindLock"] => {
                 self.lock_unbind(device, text)
             }
@@ -124,7 +134,7 @@ impl Kernel {
                 control.clone_into(&mut device.power_control);
                 NOW
             }
-            _ => Err(Errno::EACCES.into()),
+            _ => self.store_vendor(device, attribute, text),
         }
     }
 

@@ -44,9 +44,8 @@ impl Kernel {
                 let device = self.devices.get(&self.find(name)?)?;
                 Some(Entry::Link(format!("../../../devices/{}", device.path)))
             }
-            ["sys", "bus", "pci", "drivers_probe" | "rescan"] | ["sim", "load-module"] => {
-                Some(Entry::File(0o200))
-            }
+            ["sys", "bus", "pci", "drivers_probe" | "rescan"]
+            | ["sim", "load-module" | "sriov-manage"] => Some(Entry::File(0o200)),
             ["sys", "bus", "pci", "drivers", name] => self.driver(name).map(|_| Entry::Directory),
             ["sys", "bus", "pci", "drivers", driver, name] => {
                 if DRIVER_FILES.contains(name) && self.driver(driver).is_some() {
@@ -134,7 +133,7 @@ impl Kernel {
                 let members = self.members.keys().filter(|(known, _)| known == class);
                 names.extend(members.map(|(_, name)| name.clone()));
             }
-            ["sim"] => names.push("load-module".into()),
+            ["sim"] => names.extend(["load-module".into(), "sriov-manage".into()]),
             ["dev", "vfio"] => {
                 let groups = self.vfio.values().filter_map(|a| self.devices.get(a)?.group);
                 let mut groups: Vec<u32> = groups.collect();

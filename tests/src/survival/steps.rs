@@ -48,9 +48,10 @@ pub fn places<'a>(steps: impl IntoIterator<Item = &'a Step>, first: PciAddress) 
             Step::Reset { .. } => Operation::Reset,
             Step::SetAutoprobe { .. } => Operation::Autoprobe,
             Step::SetVirtualFunctions { .. } => Operation::NumVfs,
+            Step::Shape { .. } => Operation::Setting,
             Step::NodeAccess { .. } => Operation::Access,
-            // Described hosts have no network, and no process whose limits count.
-            Step::Shape { .. } | Step::LockMemory { .. } => return None,
+            // Described hosts have no process whose limits count.
+            Step::LockMemory { .. } => return None,
             Step::CheckViable { .. } => Operation::Open,
         };
         let device = step.device().unwrap_or(first);

@@ -253,7 +253,7 @@ impl Broker {
         lease.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
         let ended = failures.is_empty() && lease.failure.is_none();
         // First: whoever attaches next plans by how its devices are now, not by a look half way.
-        self.refresh(lease.devices.keys().copied());
+        self.refresh_leased(&lease);
         let state = if ended { "released" } else { State::Failed.name() };
         if ended {
             if let Err(error) = self.walker.ledger.remove(&lease.id) {

@@ -116,7 +116,7 @@ impl Broker {
         let walk = self.walker.walk(&lease.id, &late);
         let walked = walk.forward(&mut lease).and_then(|()| {
             // First, since an active lease whose devices look unbound is a broken one.
-            self.refresh(lease.devices.keys().copied());
+            self.refresh_leased(&lease);
             self.activate(&mut lease)
         });
         if let Err(stopped) = walked {

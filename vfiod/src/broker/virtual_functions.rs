@@ -6,11 +6,12 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
 use libvfio::address::PciAddress;
+use libvfio::backend::{self, Maker};
 use libvfio::client::{Failure, PlanRecord};
 use libvfio::error::ErrorKind;
 use libvfio::inventory::Inventory;
 use libvfio::pci::{self, Sriov};
-use libvfio::plan::{self, Plan, Reason, Refusal};
+use libvfio::plan::{self, Circumstances, Plan, Reason, Refusal};
 use libvfio::protection::Use;
 use libvfio::step::Step;
 use tracing::{info, warn};
@@ -31,6 +32,7 @@ impl Broker {
         user: u32,
     ) -> Result<Vec<PciAddress>, Failure> {
         let found = self.uses_of_virtual(device)?;
+        let maker = backend::maker(self.host(), device);
         let task = {
             let mut data = self.data();
             // The kernel makes a bus when the first function on it appears, and two that do so at
@@ -38,7 +40,7 @@ impl Broker {
             while data.bus_is_changing(device) {
                 data = self.ended.wait(data).unwrap_or_else(PoisonError::into_inner);
             }
-            let plan = planned(&data, device, count, found)?;
+            let plan = planned(&data, device, count, found, maker)?;
             if plan.steps.is_empty() {
                 None
             } else {
@@ -62,7 +64,8 @@ impl Broker {
         count: u16,
     ) -> Result<PlanRecord, Failure> {
         let found = self.uses_of_virtual(device)?;
-        Ok(PlanRecord::new(&planned(&self.data(), device, count, found)))
+        let maker = backend::maker(self.host(), device);
+        Ok(PlanRecord::new(&planned(&self.data(), device, count, found, maker)))
     }
 
     /// Looks at a physical function and its virtual ones, and at what the host does with these.
@@ -203,6 +206,14 @@ fn virtual_functions(inventory: &Inventory, device: PciAddress) -> Vec<PciAddres
     inventory.virtual_functions(device).into_iter().map(|(_, address)| address).collect()
 }
 
-fn planned(data: &Data, device: PciAddress, count: u16, uses: Vec<Use>) -> Result<Plan, Refusal> {
-    plan::virtual_functions(&data.inventory, &circumstances(data, uses), device, count)
+fn planned(
+    data: &Data,
+    device: PciAddress,
+    count: u16,
+    uses: Vec<Use>,
+    maker: Maker,
+) -> Result<Plan, Refusal> {
+    let makers = [(device, maker)].into_iter().collect();
+    let circumstances = Circumstances { makers, ..circumstances(data, uses) };
+    plan::virtual_functions(&data.inventory, &circumstances, device, count)
 }

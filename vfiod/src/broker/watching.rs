@@ -136,9 +136,23 @@ impl Broker {
     }
 
     pub(super) fn refresh(&self, addresses: impl IntoIterator<Item = PciAddress>) {
-        for address in addresses {
+        self.look_at(addresses.into_iter().map(|address| (address, false)));
+    }
+
+    /// Looks at a lease's functions, and anew at those that its steps made others of.
+    pub(super) fn refresh_leased(&self, lease: &Lease) {
+        let steps = || lease.forward.iter().chain(&lease.backward).map(|recorded| &recorded.step);
+        let anew = |address| {
+            steps().any(|step| step.device() == Some(address) && step.changes_configuration())
+        };
+        self.look_at(lease.devices.keys().map(|address| (*address, anew(*address))));
+    }
+
+    /// At functions, anew or only at what changes while a device stays.
+    fn look_at(&self, functions: impl IntoIterator<Item = (PciAddress, bool)>) {
+        for (address, anew) in functions {
             let look = self.looks.fetch_add(1, Ordering::SeqCst);
-            let before = self.inventory().get(address).cloned();
+            let before = self.inventory().get(address).filter(|_| !anew).cloned();
             // Not under the lock: reading takes its time where the kernel does.
             let found = inventory::look(self.host(), address, before.as_deref());
             let change = {

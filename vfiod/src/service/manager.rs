@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use libvfio::client::{
     DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord, PlanRecord,
-    QuarantineRecord, device_path, lease_path,
+    QuarantineRecord, SettingRecord, device_path, lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -115,6 +115,15 @@ impl ManagerObject {
         device: String,
     ) -> Result<HoldersRecord, Failure> {
         self.caller.ask(&header, move |broker| broker.holders(&device)).await
+    }
+
+    #[zbus(out_args("settings"))]
+    async fn list_settings(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        device: String,
+    ) -> Result<Vec<SettingRecord>, Failure> {
+        self.caller.ask(&header, move |broker| broker.settings(&device)).await
     }
 
     #[zbus(out_args("devices"))]

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libvfio::address::PciAddress;
-use libvfio::shape::Shape;
+use libvfio::backend::Offer;
 use libvfio::step::{Outcome, Step, StepError};
 use libvfio::vfio::Interface;
 use nix::errno::Errno;
@@ -56,8 +56,8 @@ enum Request {
     Step(Step),
     /// Read attributes.
     Read(Vec<PathBuf>),
-    /// Read the network settings of a virtual function.
-    Shape(PciAddress),
+    /// Read what can be set on a virtual function.
+    Offers(PciAddress),
     /// Open nodes below `/dev/vfio`; their descriptors come with the answer.
     Open(Vec<PathBuf>),
     /// Open what translates for devices; likewise.
@@ -134,16 +134,13 @@ impl Workers {
         self.ask(&Request::Read(attributes), &[])
     }
 
-    /// Reads the network settings of a virtual function, for `limit` at most. The kernel holds the
-    /// lock of all network interfaces meanwhile, and a driver that hangs may hold it for ever.
-    pub fn shape(
-        self: &Arc<Self>,
-        device: PciAddress,
-        limit: Duration,
-    ) -> io::Result<Option<Shape>> {
-        let call = self.ask(&Request::Shape(device), &[])?;
-        match call.answer::<Result<Option<Shape>, i32>>(Some(limit))? {
-            Ok(read) => read.map_err(io::Error::from_raw_os_error),
+    /// Reads what can be set on a virtual function, for `limit` at most. The kernel holds locks
+    /// meanwhile, that of all network interfaces among them, and a driver that hangs may hold them
+    /// for ever.
+    pub fn offers(self: &Arc<Self>, device: PciAddress, limit: Duration) -> io::Result<Vec<Offer>> {
+        let call = self.ask(&Request::Offers(device), &[])?;
+        match call.answer::<Result<Vec<Offer>, String>>(Some(limit))? {
+            Ok(read) => read.map_err(io::Error::other),
             Err(call) => {
                 // Kept until it is answered, if it ever is.
                 std::thread::spawn(move || call.answer::<serde_json::Value>(None).map(drop));

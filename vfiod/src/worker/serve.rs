@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use libvfio::host::{HostRoot, read_page};
-use libvfio::{shape, vfio};
+use libvfio::{backend, vfio};
 use nix::errno::Errno;
 use nix::sys::prctl;
 
@@ -25,9 +25,9 @@ pub fn serve(root: &Path) -> io::Result<()> {
         let mut given: Vec<OwnedFd> = Vec::new();
         let answer = match request {
             Request::Step(step) => serde_json::to_vec(&step.execute(&host))?,
-            Request::Shape(device) => {
-                let read = shape::read(&host, device);
-                serde_json::to_vec(&read.map_err(|e| e.raw_os_error().unwrap_or_default()))?
+            Request::Offers(device) => {
+                let read = backend::offers(&host, device);
+                serde_json::to_vec(&read.map_err(|e| e.to_string()))?
             }
             Request::Open(paths) => {
                 let opened = vfio::open_nodes(&paths).map(|nodes| given = nodes);

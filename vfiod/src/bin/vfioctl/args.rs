@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use libvfio::error::ErrorKind;
 use libvfio::pci::class::ClassAlias;
-use libvfio::shape::Link;
 
+use crate::shaping::Shaping;
 use crate::trouble::UNAVAILABLE;
 
 /// Give PCI devices to virtual machines and take them back
@@ -81,7 +81,7 @@ pub(crate) enum Command {
   vfioctl attach 03:00.0 01:10.0 --tenant alice --vm 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60
   vfioctl attach --vf-of 01:00.0 --count 2 --tenant alice
   vfioctl attach gpu --dry-run")]
-    Attach(AttachArgs),
+    Attach(Box<AttachArgs>),
     /// End leases: every function goes back to the driver and override it had
     ///
     /// Devices that a guest still has open go back when it lets go of them; until then the lease is
@@ -118,6 +118,7 @@ pub(crate) enum Command {
   vfioctl vf set 01:00.0 4 --dry-run
   vfioctl vf set 01:00.0 4
   vfioctl vf list 01:00.0
+  vfioctl vf show 01:10.0
   vfioctl attach --vf-of 01:00.0 --tenant alice")]
     Vf {
         #[command(subcommand)]
@@ -193,24 +194,6 @@ pub(crate) struct AttachArgs {
     /// Accept devices that somebody else has put on a VFIO driver, and leave them there after
     #[arg(long)]
     pub(crate) adopt: bool,
-    /// Network address of the virtual function, for the time of the lease
-    #[arg(long, value_name = "MAC")]
-    pub(crate) mac: Option<String>,
-    /// VLAN of the virtual functions: 1 to 4094, or 0 for none
-    #[arg(long, value_name = "VLAN")]
-    pub(crate) vlan: Option<u32>,
-    /// Whether packets from addresses that are not the virtual function's are dropped
-    #[arg(long, value_name = "ON|OFF", value_parser = on_off())]
-    pub(crate) spoof_check: Option<bool>,
-    /// Whether the guest may do what only trusted ones may, such as promiscuous mode
-    #[arg(long, value_name = "ON|OFF", value_parser = on_off())]
-    pub(crate) trust: Option<bool>,
-    /// Link of the virtual functions: auto, up or down
-    #[arg(long, value_name = "LINK", value_parser = PossibleValuesParser::new(Link::NAMES))]
-    pub(crate) link: Option<String>,
-    /// The most each virtual function may send, in Mbit/s; 0 for no limit
-    #[arg(long, value_name = "MBIT")]
-    pub(crate) max_rate: Option<u32>,
     /// End the lease when this process ends, however it does
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<u32>,
@@ -223,6 +206,8 @@ pub(crate) struct AttachArgs {
     /// Show the steps and change nothing; exits as attaching would
     #[arg(long)]
     pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) shaping: Shaping,
 }
 
 #[derive(Debug, Args)]
@@ -259,7 +244,7 @@ pub(crate) enum VfAction {
         #[arg(value_name = "PF")]
         physical: Option<String>,
     },
-    /// Show all that is known of a virtual function
+    /// Show all that is known of a virtual function, and what can be set on it for a lease
     Show {
         /// The virtual function
         #[arg(value_name = "VF")]
@@ -349,10 +334,6 @@ pub(crate) enum Generated {
 fn classes() -> impl TypedValueParser<Value = ClassAlias> {
     PossibleValuesParser::new(ClassAlias::ALL.map(ClassAlias::name))
         .try_map(|name| name.parse::<ClassAlias>())
-}
-
-fn on_off() -> impl TypedValueParser<Value = bool> {
-    PossibleValuesParser::new(["on", "off"]).map(|word| word == "on")
 }
 
 fn footer() -> String {

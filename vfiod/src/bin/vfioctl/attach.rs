@@ -70,22 +70,13 @@ async fn plan(
 }
 
 fn options(args: &AttachArgs) -> Options<'_> {
-    let mut options = Options::new();
+    let mut options = args.shaping.options();
     if let Some(vm) = &args.vm {
         options.insert("vm", vm.as_str().into());
     }
     if let Some(physical) = &args.vf_of {
         options.insert("vf_of", physical.as_str().into());
         options.insert("count", args.count.into());
-    }
-    for (name, given) in [("mac", &args.mac), ("link", &args.link)] {
-        options.extend(given.as_deref().map(|given| (name, given.into())));
-    }
-    for (name, given) in [("vlan", args.vlan), ("max_rate", args.max_rate)] {
-        options.extend(given.map(|given| (name, given.into())));
-    }
-    for (name, given) in [("spoof_check", args.spoof_check), ("trust", args.trust)] {
-        options.extend(given.map(|given| (name, given.into())));
     }
     if let Some(pid) = args.pid {
         options.insert("pid", pid.into());
@@ -151,21 +142,14 @@ mod tests {
             adopt: false,
             vf_of: None,
             count: 1,
-            mac: None,
-            vlan: Some(12),
-            spoof_check: None,
-            trust: Some(false),
-            link: None,
-            max_rate: None,
+            shaping: crate::shaping::Shaping::default(),
             pid: Some(7),
             allow_protected: false,
             node_access: false,
             dry_run: false,
         };
         let options = options(&args);
-        assert_eq!(options.len(), 5);
-        assert_eq!(options["vlan"], 12u32.into());
-        assert_eq!(options["trust"], false.into());
+        assert_eq!(options.len(), 3);
         assert_eq!(options["pid"], 7u32.into());
         assert_eq!(options["vm"], "web".into());
         assert_eq!(options["whole_group"], true.into());

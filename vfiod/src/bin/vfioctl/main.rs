@@ -18,6 +18,7 @@ mod policy;
 mod quarantine;
 mod release;
 mod run;
+mod shaping;
 mod show;
 mod table;
 mod tree;

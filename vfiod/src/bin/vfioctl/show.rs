@@ -13,9 +13,12 @@ pub(crate) async fn run(bus: &Bus, device: &str, out: &Output) -> Result<(), Tro
         return print_json(&reply.json()?);
     }
     bus.note_simulation().await;
-    // Long lines are wrapped by the terminal rather than cut: they are why one asks.
-    let screen = Screen { width: None, ..out.screen };
-    print(&table(&reply.read()?).render(screen))
+    print(&lines(&reply.read()?, out))
+}
+
+/// Long lines are wrapped by the terminal rather than cut: they are why one asks.
+pub(crate) fn lines(device: &DeviceRecord, out: &Output) -> String {
+    table(device).render(Screen { width: None, ..out.screen })
 }
 
 fn table(device: &DeviceRecord) -> Table {
@@ -41,6 +44,7 @@ fn table(device: &DeviceRecord) -> Table {
     line("link", link(device), PLAIN);
     line("SR-IOV", sriov(device), PLAIN);
     line("VFIO device", device.vfio_device.clone(), PLAIN);
+    line("interrupts", device.msix_vectors.map(|vectors| format!("{vectors} (MSI-X)")), PLAIN);
     line("reset", joined(device.reset_methods.as_deref()), PLAIN);
     line("power", device.power_state.clone(), PLAIN);
     line("console", device.boot_vga.filter(|is| *is).map(|_| "the firmware's".into()), PLAIN);
@@ -102,7 +106,10 @@ fn sriov(device: &DeviceRecord) -> Option<String> {
         Some(false) => "not offered to host drivers",
         _ => "offered to host drivers",
     };
-    Some(format!("PF with {enabled} of {total} VFs, new ones {offered}"))
+    let places = device.vf_offset.zip(device.vf_stride);
+    let places = places.map(|(offset, stride)| format!(", from +{offset} every {stride}"));
+    let places = places.unwrap_or_default();
+    Some(format!("PF with {enabled} of {total} VFs{places}, new ones {offered}"))
 }
 
 fn region(bar: &BarRecord) -> String {

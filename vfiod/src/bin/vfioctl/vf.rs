@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use libvfio::client::{DeviceProxy, DeviceRecord, Options, PlanRecord};
+use libvfio::client::{DeviceProxy, DeviceRecord, Options, PlanRecord, SettingRecord};
 use libvfio::error::ErrorKind;
 
 use crate::args::VfAction;
@@ -10,16 +10,16 @@ use crate::attach::patiently;
 use crate::bus::{Bus, Reply};
 use crate::explain::Story;
 use crate::list::lease_cell;
-use crate::output::{Output, print, print_json};
-use crate::show;
+use crate::output::{Output, Screen, print, print_json};
 use crate::table::{Cell, PLAIN, Table};
 use crate::trouble::Trouble;
+use crate::{shaping, show};
 
 pub(crate) async fn run(bus: &Bus, action: &VfAction, out: &Output) -> Result<ExitCode, Trouble> {
     match action {
         VfAction::List { physical: None } => physicals(bus, out).await?,
         VfAction::List { physical: Some(physical) } => virtuals(bus, physical, out).await?,
-        VfAction::Show { device } => show::run(bus, device, out).await?,
+        VfAction::Show { device } => show(bus, device, out).await?,
         VfAction::Set { physical, count, dry_run: true } => {
             return plan(bus, physical, *count, out).await;
         }
@@ -94,6 +94,30 @@ fn virtual_table(devices: &[DeviceRecord]) -> Table {
         ]);
     }
     table
+}
+
+/// One virtual function: the device, then what can be set on it.
+async fn show(bus: &Bus, name: &str, out: &Output) -> Result<(), Trouble> {
+    let described = bus.ask("DescribeDevice", &(name,)).await?;
+    let device: DeviceRecord = described.read()?;
+    if device.physical_function.is_none() {
+        let why = format!("{} is no virtual function; see 'vfioctl show'", device.address);
+        return Err(Trouble::new(ErrorKind::Unsupported, why));
+    }
+    let offered = bus.ask("ListSettings", &(&device.address,)).await?;
+    if out.json {
+        let mut value = described.json()?;
+        value["settings"] = offered.json()?;
+        return print_json(&value);
+    }
+    bus.note_simulation().await;
+    let settings: Vec<SettingRecord> = offered.read()?;
+    print(&show::lines(&device, out))?;
+    if settings.is_empty() {
+        return print("\nnothing can be set on it\n");
+    }
+    let screen = Screen { width: None, ..out.screen };
+    print(&format!("\n{}", shaping::table(&settings).render(screen)))
 }
 
 async fn set(bus: &Bus, physical: &str, count: u16, out: &Output) -> Result<(), Trouble> {
