@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::host::{HostRoot, plain};
 use crate::ids::{self, Names};
 use crate::iommu::{Group, Isolation, Platform, Sharing};
+use crate::modalias;
 use crate::pci::class::{self, ClassAlias};
 use crate::pci::{Function, Sriov};
 
@@ -257,7 +258,7 @@ impl DriverSource {
         }
         let table = |file| Ok::<_, Error>(host.modules(file)?.unwrap_or_default());
         let (dep, builtin) = (table("modules.dep")?, table("modules.builtin")?);
-        let found = crate::modalias::module_exists(&dep, &builtin, driver);
+        let found = modalias::module_exists(&dep, &builtin, driver);
         Ok(if found { Self::Module } else { Self::Missing })
     }
 }
@@ -281,8 +282,7 @@ fn leave(groups: &mut BTreeMap<u32, Group>, number: u32, address: PciAddress) {
 
 fn vfio_aliases(host: &HostRoot) -> Result<Arc<str>, Error> {
     let aliases = host.modules("modules.alias")?.unwrap_or_default();
-    let lines = aliases.lines().filter(|line| line.starts_with("alias vfio_pci:"));
-    Ok(lines.fold(String::new(), |all, line| all + line + "\n").into())
+    Ok(modalias::vfio_lines(&aliases).into())
 }
 
 fn key(function: &Function) -> ids::Key {

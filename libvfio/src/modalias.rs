@@ -1,6 +1,8 @@
 //! Which VFIO driver the kernel's module tables name for a device, and whether a module is there.
 //! Works on the text of those tables; reads no file, never panics.
 
+use memchr::memmem;
+
 /// The module of the VFIO variant driver made for a device, from the text of `modules.alias` and
 /// the device's `modalias`; `None` where only the generic `vfio-pci` will do.
 ///
@@ -24,11 +26,28 @@ pub fn best_vfio_driver<'a>(modules_alias: &'a str, modalias: &str) -> Option<&'
 /// Whether a kernel has a module, to be loaded or built in, from the text of its `modules.dep` and
 /// `modules.builtin`. As for `modprobe`, `-` and `_` are the same.
 pub fn module_exists(modules_dep: &str, modules_builtin: &str, name: &str) -> bool {
-    modules_dep.lines().chain(modules_builtin.lines()).any(|line| {
-        let path = line.split(':').next().unwrap_or_default();
-        let file = path.rsplit('/').next().unwrap_or_default();
-        file.split_once(".ko").is_some_and(|(module, _)| same_module(module, name))
+    // The tables are long, so they are searched for what no spelling changes.
+    let Some(same) = name.split(['-', '_']).next().filter(|same| !same.is_empty()) else {
+        return false;
+    };
+    [modules_dep, modules_builtin].iter().any(|table| {
+        memmem::find_iter(table.as_bytes(), same).any(|at| {
+            let (before, file) = table.split_at(at);
+            let path = before.rsplit('\n').next().unwrap_or_default();
+            // What comes after a colon is needed by the module before it.
+            let listed = !path.contains(':') && (path.is_empty() || path.ends_with('/'));
+            let module = file.split_once(".ko").map(|(module, _)| module);
+            listed && module.is_some_and(|module| same_module(module, name))
+        })
     })
+}
+
+/// The lines of `modules.alias` that are about VFIO drivers, of which there are few.
+pub(crate) fn vfio_lines(modules_alias: &str) -> String {
+    let starts = memmem::find_iter(modules_alias.as_bytes(), "alias vfio_pci:");
+    let starts = starts.filter(|at| modules_alias[..*at].ends_with('\n') || *at == 0);
+    let lines = starts.filter_map(|at| modules_alias[at..].lines().next());
+    lines.fold(String::new(), |all, line| all + line + "\n")
 }
 
 /// Whether two names mean one driver, or both none. A module is named with `_` where its driver's
