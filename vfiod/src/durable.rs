@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use crate::crash;
 
@@ -31,9 +32,9 @@ pub(crate) fn directory(path: &Path) -> io::Result<()> {
 /// Replaces the file at `path`. A crash leaves the old bytes or the new ones; when this returns,
 /// not even a power loss brings the old ones back.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let draft = draft(path, bytes)?;
+    let Draft { path: draft, on_disk } = draft(path, bytes)?;
     fs::rename(draft, path)?;
-    sync_directory_of(path)
+    if on_disk { sync_directory_of(path) } else { Ok(()) }
 }
 
 /// As [`replace`], with what was at `path` kept at `previous`, or the same bytes if nothing was. A
@@ -41,16 +42,18 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 pub(crate) fn replace_keeping(path: &Path, previous: &Path, bytes: &[u8]) -> io::Result<()> {
     crash::point("before a record is written");
     if !path.exists() && !previous.exists() {
-        fs::rename(draft(path, bytes)?, previous)?;
+        fs::rename(draft(path, bytes)?.path, previous)?;
         crash::point("after the first record's spare was written");
     }
-    let draft = draft(path, bytes)?;
+    let Draft { path: draft, on_disk } = draft(path, bytes)?;
     crash::point("before the record is kept");
     // There may be nothing to keep; and a file without a spare is better than none.
     let _ = fs::rename(path, previous);
     crash::point("before the draft becomes the record");
     fs::rename(draft, path)?;
-    sync_directory_of(path)?;
+    if on_disk {
+        sync_directory_of(path)?;
+    }
     crash::point("after a record was written");
     Ok(())
 }
@@ -92,15 +95,26 @@ pub(crate) fn set_aside(path: &Path, reason: impl Into<String>) -> SetAside {
     }
 }
 
-/// Writes the bytes to disk, beside `path`.
-fn draft(path: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
+/// Bytes beside the place where they belong.
+struct Draft {
+    path: PathBuf,
+    /// Whether they are on a disk: what is in memory ends with the host, synced or not.
+    on_disk: bool,
+}
+
+/// Writes the bytes beside `path`, for good.
+fn draft(path: &Path, bytes: &[u8]) -> io::Result<Draft> {
     let draft = path.with_extension("new");
     let written = create(&draft).and_then(|mut file| {
         file.write_all(bytes)?;
-        file.sync_data()
+        let on_disk = fstatfs(&file).map_or(true, |fs| fs.filesystem_type() != TMPFS_MAGIC);
+        if on_disk {
+            file.sync_data()?;
+        }
+        Ok(on_disk)
     });
     match written {
-        Ok(()) => Ok(draft),
+        Ok(on_disk) => Ok(Draft { path: draft, on_disk }),
         Err(error) => {
             // On a full file system half a draft only takes room from the next one.
             let _ = fs::remove_file(&draft);
