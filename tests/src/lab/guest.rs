@@ -18,6 +18,8 @@ use crate::protocol::{FromGuest, GuestFunction, ToGuest};
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const INITRD: &str = "/run/lab-guest.cpio";
+/// Where guests have their sockets and consoles, whoever runs them.
+const DIRECTORY: &str = "/run/lab-guests";
 
 /// A running guest.
 #[derive(Debug)]
@@ -45,27 +47,28 @@ impl Guest {
 
     /// Starts a guest with these arguments of QEMU's beside the usual ones.
     fn with(arguments: impl IntoIterator<Item = String>) -> Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let base = format!("/run/lab-guest-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
-        let (socket, log) = (format!("{base}.sock"), format!("{base}.log"));
-        prepare()?;
+        Self::launch(&[], arguments)
+    }
 
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args([
-            "-accel",
-            "kvm",
-            "-cpu",
-            "host",
-            "-m",
-            "256",
-            "-nodefaults",
-            "-display",
-            "none",
-        ])
-        .args(["-machine", "q35", "-no-reboot", "-kernel", &kernel()?, "-initrd", INITRD])
-        .args(["-append", "console=ttyS0 loglevel=3 mitigations=off nokaslr panic=-1"])
-        .args(["-serial", &format!("file:{log}")])
-        .args(["-serial", &format!("unix:{socket},server=on,wait=off")]);
+    /// Has a launcher start a guest, which becomes its QEMU, with these arguments beside the usual
+    /// ones, and waits until it has booted.
+    pub fn launch(
+        launcher: &[&str],
+        arguments: impl IntoIterator<Item = String>,
+    ) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        prepare()?;
+        let base = format!("{DIRECTORY}/{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let (socket, log) = (format!("{base}.sock"), format!("{base}.log"));
+
+        let program = [launcher, &["qemu-system-x86_64"]].concat();
+        let mut qemu = Command::new(program[0]);
+        qemu.args(&program[1..])
+            .args(["-accel", "kvm", "-cpu", "host", "-m", "256", "-nodefaults", "-display", "none"])
+            .args(["-machine", "q35", "-no-reboot", "-kernel", &kernel()?, "-initrd", INITRD])
+            .args(["-append", "console=ttyS0 loglevel=3 mitigations=off nokaslr panic=-1"])
+            .args(["-serial", &format!("file:{log}")])
+            .args(["-serial", &format!("unix:{socket},server=on,wait=off")]);
         qemu.args(arguments);
         let stderr = std::fs::File::create(format!("{base}.err"))?;
         let mut qemu = qemu.stderr(stderr).stdin(Stdio::null()).spawn().context("starting QEMU")?;
@@ -77,6 +80,18 @@ impl Guest {
             other => bail!("the guest began with {other:?}"),
         }
         Ok(guest)
+    }
+
+    /// The process that is its QEMU.
+    pub fn pid(&self) -> u32 {
+        self.qemu.id()
+    }
+
+    /// Kills its QEMU.
+    pub fn kill(mut self) -> Result<()> {
+        self.qemu.kill()?;
+        self.qemu.wait()?;
+        Ok(())
     }
 
     /// The PCI functions the guest sees.
@@ -168,6 +183,7 @@ fn kernel() -> Result<String> {
 /// functions.
 fn prepare() -> Result<()> {
     command::run(["modprobe", "kvm_amd"])?.success()?;
+    command::run(["install", "--directory", "--mode=1777", DIRECTORY])?.success()?;
     if !Path::new(INITRD).exists() {
         let pack = format!(
             "mkdir -p /run/lab-guest && cp {PAYLOAD}/guest-init /run/lab-guest/init && \

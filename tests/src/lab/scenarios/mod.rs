@@ -8,6 +8,7 @@ mod descriptors;
 mod device_nodes;
 mod life;
 mod refusals;
+mod run;
 mod selftest;
 mod survival;
 mod virtual_functions;
@@ -84,6 +85,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
     scenario("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
     scenario("descriptors", "who may open what is leased, and for how long", descriptors::run),
+    scenario("run", "an ordinary user's guest with a GPU, and all that can be killed", run::run),
     scenario("conformance", "the simulated kernel's cases, on a real one", conformance::run),
     scenario(
         "device-nodes",

@@ -194,7 +194,7 @@ fn workers() -> Result<Vec<String>> {
     Ok(processes.filter_map(state).collect())
 }
 
-fn drivers() -> [Option<String>; 2] {
+pub(super) fn drivers() -> [Option<String>; 2] {
     [GPU, GPU_AUDIO].map(|function| sysfs::driver(function.address))
 }
 
@@ -209,7 +209,7 @@ fn attach_apart() -> Result<Child> {
 }
 
 /// Kills the daemon, which systemd then starts again.
-fn kill_daemon() -> Result<()> {
+pub(super) fn kill_daemon() -> Result<()> {
     // So many ends in so short a time are meant.
     command::run(["systemctl", "reset-failed", "vfiod"])?.success()?;
     command::run(["systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vfiod"])?.success()?;

@@ -1,5 +1,6 @@
 //! What can be typed. Only words and their explanations; does nothing.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -10,6 +11,7 @@ use libvfio::pci::class::ClassAlias;
 
 use crate::shaping::Shaping;
 use crate::trouble::UNAVAILABLE;
+use crate::vmm::Vmm;
 
 /// Give PCI devices to virtual machines and take them back
 ///
@@ -92,6 +94,18 @@ pub(crate) enum Command {
   vfioctl release 03:00.0 --reset
   vfioctl release 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60")]
     Release(ReleaseArgs),
+    /// Lease devices and start a virtual machine monitor with them; the lease ends with it
+    ///
+    /// Put {vfio} where the devices go among the monitor's arguments. With iommufd, QEMU gets them
+    /// open; else your user may open their nodes for the time of the lease. As much memory as the
+    /// guest has, and 1 GiB beside it, may be locked. The monitor takes this process's place.
+    #[command(after_help = "Example:
+  vfioctl run --device gpu --tenant alice -- qemu-system-x86_64 -accel kvm -m 4G {vfio}")]
+    Run(RunArgs),
+    /// Print the arguments by which a virtual machine monitor gets a lease's devices
+    #[command(after_help = "Example:
+  qemu-system-x86_64 -accel kvm -m 4G $(vfioctl args 3f9a2c81 --vmm qemu)")]
+    Args(ArgsArgs),
     /// List leases: who has which devices, failed ones included
     #[command(after_help = "Examples:
   vfioctl leases
@@ -208,6 +222,44 @@ pub(crate) struct AttachArgs {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) shaping: Shaping,
+}
+
+#[derive(Debug, Default, Args)]
+pub(crate) struct RunArgs {
+    /// A device to lease: 03:00.0, 10de:2330 or gpu; may be repeated
+    #[arg(long = "device", value_name = "DEV", required = true)]
+    pub(crate) devices: Vec<String>,
+    /// Who gets them: 1 to 64 letters, digits and . _ : @ + -
+    #[arg(long, value_name = "TENANT", required_unless_present = "dry_run")]
+    pub(crate) tenant: Option<String>,
+    /// The virtual machine they are for
+    #[arg(long, value_name = "UUID")]
+    pub(crate) vm: Option<String>,
+    /// Take every other device of their IOMMU groups too
+    #[arg(long)]
+    pub(crate) whole_group: bool,
+    /// Which monitor it is, if its program's name does not say
+    #[arg(long, value_name = "VMM", value_parser = PossibleValuesParser::new(Vmm::NAMES))]
+    pub(crate) vmm: Option<String>,
+    /// How much memory it may lock, instead of what its arguments say, such as 9G
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) lock: Option<String>,
+    /// Show the steps and the command, and change nothing; exits as attaching would
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// The monitor and its arguments, {vfio} among them
+    #[arg(value_name = "COMMAND", last = true, required = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ArgsArgs {
+    /// The lease: its id, a device of it, or the virtual machine it is for
+    #[arg(value_name = "LEASE|DEV|UUID")]
+    pub(crate) lease: String,
+    /// The monitor
+    #[arg(long, value_name = "VMM", value_parser = PossibleValuesParser::new(Vmm::NAMES))]
+    pub(crate) vmm: String,
 }
 
 #[derive(Debug, Args)]

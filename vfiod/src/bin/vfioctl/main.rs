@@ -10,6 +10,7 @@ mod groups;
 mod history;
 mod holders;
 mod json;
+mod launch;
 mod leases;
 mod list;
 mod monitor;
@@ -24,6 +25,7 @@ mod table;
 mod tree;
 mod trouble;
 mod vf;
+mod vmm;
 
 fn main() -> std::process::ExitCode {
     run::main()

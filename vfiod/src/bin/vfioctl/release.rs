@@ -79,14 +79,14 @@ async fn dry_run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<ExitCode
 }
 
 /// The path of the device a name means, if it means one.
-async fn device(bus: &Bus, name: &str) -> Option<String> {
+pub(crate) async fn device(bus: &Bus, name: &str) -> Option<String> {
     match name.parse::<PciAddress>() {
         Ok(address) => Some(device_path(address)),
         Err(_) => bus.manager.get_device(name).await.ok().map(|path| path.to_string()),
     }
 }
 
-fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> bool {
+pub(crate) fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> bool {
     let path = |address: &String| Some(device_path(address.parse().ok()?));
     lease.id == target
         || lease.vm.as_deref() == Some(target)

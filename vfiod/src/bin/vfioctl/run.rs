@@ -7,8 +7,9 @@ use clap::error::ErrorKind as Usage;
 use libvfio::error::ErrorKind;
 use libvfio::host::HostRoot;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, RunArgs};
 use crate::bus::Bus;
+use crate::launch::{self, Launch};
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
@@ -47,17 +48,35 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<ExitCode, Trouble> {
+fn run(mut cli: Cli) -> Result<ExitCode, Trouble> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let fault = |error| Trouble::new(ErrorKind::Internal, format!("cannot begin: {error}"));
-    runtime.map_err(fault)?.block_on(answer(cli))
+    let runtime = runtime.map_err(fault)?;
+    let Command::Run(args) = &mut cli.command else { return runtime.block_on(answer(cli)) };
+    let args = std::mem::take(args);
+    let launch = runtime.block_on(launch(&cli, &args))?;
+    // The connection to the bus goes with it: the monitor needs none.
+    drop(runtime);
+    match launch {
+        Ok(launch) => launch.become_it().map(|never| match never {}),
+        Err(done) => Ok(done),
+    }
+}
+
+async fn launch(cli: &Cli, args: &RunArgs) -> Result<Result<Launch, ExitCode>, Trouble> {
+    let address = address(cli.bus.clone());
+    launch::run(&Bus::connect(address.as_deref()).await?, args, &Output::new(cli.json)).await
+}
+
+/// Not an argument's default, with which a bare `vfioctl` would no longer show its help.
+fn address(given: Option<String>) -> Option<String> {
+    given.or_else(|| std::env::var("VFIOCTL_BUS").ok()).filter(|address| !address.is_empty())
 }
 
 async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
     let out = Output::new(cli.json);
-    // Not an argument's default, with which a bare `vfioctl` would no longer show its help.
-    let address = cli.bus.or_else(|| std::env::var("VFIOCTL_BUS").ok());
-    let address = address.as_deref().filter(|address| !address.is_empty());
+    let address = address(cli.bus);
+    let address = address.as_deref();
     let bus = || Bus::connect(address);
     match cli.command {
         Command::List(args) => list::run(&bus().await?, &args, &out).await?,
@@ -77,6 +96,9 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Policy { action } => return policy::run(&action, &out),
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
+        Command::Args(args) => launch::args(&bus().await?, &args, &out).await?,
+        // Answered before, since what comes of it is no answer.
+        Command::Run(_) => {}
         Command::Release(args) => return release::run(&bus().await?, &args, &out).await,
         Command::Check { root } => return check::run(&HostRoot::new(root), address, &out).await,
         Command::Completions { shell } => generate::completion(shell)?,

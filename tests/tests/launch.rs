@@ -1,0 +1,137 @@
+//! `vfioctl run` and `args` with the real programs on a simulated host, whose monitor is a shell.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vfiod_tests::session::{LONG, Running, Session, program};
+
+const GPU: &str = "0000:01:00.0";
+/// Prints its arguments, then what it has open, and stays.
+const MONITOR: &str = "echo \"args $*\"; ls -l /proc/$$/fd; echo open; exec sleep 600";
+
+fn launch(session: &Session) -> Command {
+    let mut command = program("vfioctl");
+    command.env("VFIOCTL_BUS", &session.address).args(["run", "--device", GPU, "--vmm", "qemu"]);
+    command.args(["--tenant", "alice", "--lock", "64K", "--"]);
+    command.args(["sh", "-c", MONITOR, "monitor", "-m", "4G", "{vfio}", "-nographic"]);
+    command
+}
+
+fn leases(session: &Session) -> serde_json::Value {
+    serde_json::from_str(&session.done("--json leases").0).unwrap()
+}
+
+fn all_back(session: &Session) {
+    let started = Instant::now();
+    while leases(session) != serde_json::json!([]) {
+        assert!(started.elapsed() < LONG, "{}", leases(session));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(session.done(&format!("show {GPU}")).0.contains("nvidia"));
+}
+
+fn end(child: &mut Child, signal: Signal) {
+    kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_monitor_gets_its_devices_and_its_end_gives_them_back() {
+    let session = Session::start("workstation");
+    let mut monitor = Running::start(&mut launch(&session), false);
+    let arguments = monitor.line_with("args");
+    let by_group = "-device vfio-pci,host=0000:01:00.0 -device vfio-pci,host=0000:01:00.1";
+    let by_descriptor = "-object iommufd,id=vfiod,fd=";
+    assert!(arguments.starts_with("args -m 4G -") && arguments.ends_with(" -nographic"));
+    let lease = &leases(&session)[0];
+    assert_eq!(lease["bound"], format!("process {}", monitor.child.id()));
+    match lease["interface"].as_str().unwrap() {
+        "group" => assert!(arguments.contains(by_group), "{arguments}"),
+        _ => assert!(arguments.contains(by_descriptor), "{arguments}"),
+    }
+    let id = lease["id"].as_str().unwrap();
+    let (printed, _) = session.done(&format!("args {id} --vmm crosvm"));
+    let path = "--vfio /sys/bus/pci/devices";
+    assert_eq!(printed, format!("{path}/0000:01:00.0 {path}/0000:01:00.1\n"));
+    let (printed, _) = session.done(&format!("--json args {GPU} --vmm cloud-hypervisor"));
+    let words: Vec<String> = serde_json::from_str(&printed).unwrap();
+    assert_eq!((words[0].as_str(), words.len()), ("--device", 3));
+    end(&mut monitor.child, Signal::SIGKILL);
+    all_back(&session);
+}
+
+#[test]
+fn with_iommufd_it_inherits_its_devices_and_nothing_else() {
+    let host = vfiod_tests::sim::WORKSTATION.replace("[kernel]\n", "[kernel]\ncdev = true\n");
+    assert!(host.contains("cdev = true"));
+    let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+    std::fs::write(file.path(), host).unwrap();
+    let session = Session::start(file.path().to_str().unwrap());
+    let mut monitor = Running::start(&mut launch(&session), false);
+    let arguments = monitor.line_with("args");
+    assert!(arguments.contains("-object iommufd,id=vfiod,fd="), "{arguments}");
+    let number = |text: &str| -> u32 { text.parse().unwrap() };
+    let named: Vec<u32> = arguments
+        .split([' ', ','])
+        .filter_map(|word| word.strip_prefix("fd=").map(number))
+        .collect();
+    let mut open = Vec::new();
+    loop {
+        let line = monitor.line_with("");
+        if line == "open" {
+            break;
+        }
+        let Some((place, target)) = line.split_once(" -> ") else { continue };
+        let place = number(place.rsplit(' ').next().unwrap());
+        // Whoever runs the test may have others open, but no connection to this bus.
+        assert!(place <= 2 || !target.starts_with("socket:"), "{line}");
+        if target.contains("/dev/vfio/devices/") || target.ends_with("/dev/iommu") {
+            open.push(place);
+        }
+    }
+    assert_eq!((open.len(), named.len()), (3, 3), "{open:?} {named:?}");
+    assert!(named.iter().all(|descriptor| open.contains(descriptor)));
+    end(&mut monitor.child, Signal::SIGTERM);
+    all_back(&session);
+}
+
+#[test]
+fn whoever_is_killed_before_gives_everything_back_too() {
+    let session = Session::start("workstation");
+    for milliseconds in [0, 5, 10, 20, 40, 80] {
+        let mut command = launch(&session);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        end(&mut child, Signal::SIGKILL);
+        // A call under way is still carried out, and ends with whom it was for.
+        std::thread::sleep(Duration::from_millis(300));
+        all_back(&session);
+    }
+}
+
+#[test]
+fn what_cannot_be_run_is_refused_before_anything_changes() {
+    let session = Session::start("workstation");
+    let refused = |line: &str, status: i32, word: &str| {
+        let output = session.vfioctl(line);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(status), "{line}: {said}");
+        assert!(said.contains(word), "{line}: {said}");
+        assert_eq!(leases(&session), serde_json::json!([]));
+    };
+    let run = "run --device 10de:2684 --tenant alice";
+    refused(&format!("{run} -- qemu-system-x86_64 -m 1G"), 2, "{vfio}");
+    refused(&format!("{run} -- sh {{vfio}}"), 2, "--vmm qemu");
+    refused(&format!("{run} -- qemu-kvm -m much {{vfio}}"), 2, "--lock");
+    refused("args 01:00.0 --vmm qemu", 3, "vfioctl leases");
+    let (shown, _) = session.done(&format!("{run} --dry-run -- qemu-kvm {{vfio}}"));
+    assert!(shown.contains("node") || shown.contains("bind 0000:01:00.0"), "{shown}");
+    assert!(shown.contains("qemu-kvm -device vfio-pci,host=0000:01:00.0"), "{shown}");
+    assert_eq!(leases(&session), serde_json::json!([]));
+    // The lease was made for a command that is not there.
+    let output = session.vfioctl(&format!("{run} --vmm qemu -- /nowhere {{vfio}}"));
+    assert_eq!(output.status.code(), Some(3));
+    all_back(&session);
+}

@@ -1,0 +1,208 @@
+//! `run` and `args`: a virtual machine monitor with leased devices. `run` becomes the monitor, so
+//! that the lease, which is bound to this process, ends with it however it does.
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use libvfio::client::{LeaseProxy, LeaseRecord, Options, PlanRecord, lease_path};
+use libvfio::error::ErrorKind;
+use libvfio::memlock;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::unistd::geteuid;
+use serde_json::json;
+use zbus::proxy::CacheProperties;
+
+use crate::args::{ArgsArgs, RunArgs};
+use crate::attach::patiently;
+use crate::bus::Bus;
+use crate::explain::Story;
+use crate::output::{Output, print, print_json};
+use crate::release::{device, means};
+use crate::trouble::Trouble;
+use crate::vmm::{Handed, PLACE, Vmm, size};
+
+/// A command to become, and what it is to inherit.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    command: Vec<OsString>,
+    inherited: Vec<OwnedFd>,
+}
+
+/// Prints what a monitor is to be told of a lease.
+pub(crate) async fn args(bus: &Bus, args: &ArgsArgs, out: &Output) -> Result<(), Trouble> {
+    let vmm = known(Vmm::from_name(&args.vmm))?;
+    let leases = bus.manager.list_leases().await?;
+    let path = device(bus, &args.lease).await;
+    let meant: Vec<&LeaseRecord> =
+        leases.iter().filter(|lease| means(&args.lease, path.as_deref(), lease)).collect();
+    let lease = match meant.as_slice() {
+        [lease] if lease.state == "active" => lease,
+        [lease] => {
+            let why = format!("lease {} is {}; only active ones are used", lease.id, lease.state);
+            return Err(Trouble::new(ErrorKind::Busy, why));
+        }
+        [] => {
+            let why = format!("no lease is, has or is for {}; see 'vfioctl leases'", args.lease);
+            return Err(Trouble::new(ErrorKind::NotFound, why));
+        }
+        several => {
+            let ids: Vec<&str> = several.iter().map(|lease| lease.id.as_str()).collect();
+            let why = format!("{} has several leases; name one: {}", args.lease, ids.join(", "));
+            return Err(Trouble::new(ErrorKind::InvalidArgument, why));
+        }
+    };
+    let words = vmm.arguments(&by_address(lease));
+    if out.json { print_json(&json!(words)) } else { print(&format!("{}\n", words.join(" "))) }
+}
+
+fn by_address(lease: &LeaseRecord) -> Handed {
+    let iommufd = lease.interface.as_deref() == Some("iommufd");
+    Handed::Addresses { devices: lease.devices.clone(), iommufd }
+}
+
+fn known(vmm: Option<Vmm>) -> Result<Vmm, Trouble> {
+    vmm.ok_or_else(|| {
+        let why = format!("say which monitor that is: --vmm {}", Vmm::NAMES.join("|"));
+        Trouble::new(ErrorKind::InvalidArgument, why)
+    })
+}
+
+/// What a dry run of `run` would do; else leases devices and answers what to become.
+pub(crate) async fn run(
+    bus: &Bus,
+    args: &RunArgs,
+    out: &Output,
+) -> Result<Result<Launch, ExitCode>, Trouble> {
+    let invalid = |why: String| Trouble::new(ErrorKind::InvalidArgument, why);
+    let program = args.command.first().ok_or_else(|| invalid("no command was given".into()))?;
+    let vmm = match &args.vmm {
+        Some(name) => Vmm::from_name(name),
+        None => Vmm::of_program(program),
+    };
+    let vmm = known(vmm)?;
+    if !args.command.iter().any(|word| word == PLACE) {
+        return Err(invalid(format!(
+            "say where the devices go: put {PLACE} among the command's arguments"
+        )));
+    }
+    let locked = match &args.lock {
+        Some(bytes) => size(bytes, 1),
+        None => vmm.locked(&args.command),
+    };
+    let locked = locked.ok_or_else(|| {
+        invalid("how much memory the guest has is unclear; give --lock, such as 9G".into())
+    })?;
+    let devices: Vec<&str> = args.devices.iter().map(String::as_str).collect();
+    let Some(tenant) = args.tenant.as_deref().filter(|_| !args.dry_run) else {
+        return dry_run(bus, args, vmm, &devices, out).await.map(Err);
+    };
+    let (id, _) = patiently(bus, bus.manager.attach(&devices, tenant, options(args))).await?;
+    let lease = bus.manager.list_leases().await?.into_iter().find(|lease| lease.id == id);
+    let ended = || Trouble::new(ErrorKind::NotFound, format!("lease {id} ended at once"));
+    let lease = lease.ok_or_else(ended)?;
+    let proxy = LeaseProxy::builder(bus.connection())
+        .path(lease_path(&id))
+        .cache_properties(CacheProperties::No)
+        .build()
+        .await?;
+    let mut inherited = Vec::new();
+    let handed = if vmm.takes_descriptors() && lease.interface.as_deref() == Some("iommufd") {
+        let opened = proxy.open_devices().await?;
+        inherited.extend(opened.into_iter().map(|(_, descriptor)| OwnedFd::from(descriptor)));
+        let devices = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let iommu = OwnedFd::from(proxy.open_iommu().await?);
+        let handed = Handed::Descriptors { devices, iommu: iommu.as_raw_fd() };
+        inherited.push(iommu);
+        handed
+    } else {
+        by_address(&lease)
+    };
+    // Root's own memory is not limited (`vfio_lock_acct`, CAP_IPC_LOCK).
+    if !geteuid().is_root() && !memlock::raise_own(locked)? {
+        proxy.lock_memory(locked).await?;
+    }
+    Ok(Ok(Launch { command: placed(&args.command, &vmm.arguments(&handed)), inherited }))
+}
+
+async fn dry_run(
+    bus: &Bus,
+    args: &RunArgs,
+    vmm: Vmm,
+    devices: &[&str],
+    out: &Output,
+) -> Result<ExitCode, Trouble> {
+    let reply = bus.ask("Plan", &(devices, options(args))).await?;
+    let plan: PlanRecord = reply.read()?;
+    if out.json {
+        print_json(&reply.json()?)?;
+    } else {
+        let asked = devices.join(", ");
+        print(&Story { asked: &asked, can: "be attached", plan: &plan }.to_string())?;
+        // By what they are opened is known once they are on VFIO.
+        let handed = Handed::Addresses { devices: plan.devices.clone(), iommufd: false };
+        let words = placed(&args.command, &vmm.arguments(&handed));
+        let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+        if plan.possible {
+            print(&format!("then, with iommufd by descriptors: {}\n", words.join(" ")))?;
+        }
+    }
+    let kind = plan.reasons.first().and_then(|reason| ErrorKind::from_name(&reason.kind));
+    Ok(kind.map_or(ExitCode::SUCCESS, |kind| kind.exit_status().into()))
+}
+
+/// Bound to this process, which the monitor will be.
+fn options(args: &RunArgs) -> Options<'_> {
+    let mut options =
+        Options::from([("pid", std::process::id().into()), ("node_access", true.into())]);
+    options.extend(args.vm.as_deref().map(|vm| ("vm", vm.into())));
+    options.extend(args.whole_group.then(|| ("whole_group", true.into())));
+    options
+}
+
+/// The command with these words in place of what stands for them.
+fn placed(command: &[OsString], words: &[String]) -> Vec<OsString> {
+    let word = |word: &OsString| {
+        if word == PLACE { words.iter().map(OsString::from).collect() } else { vec![word.clone()] }
+    };
+    command.iter().flat_map(word).collect()
+}
+
+impl Launch {
+    /// Becomes the command. Whatever else this process has open it does not inherit.
+    pub(crate) fn become_it(self) -> Result<Infallible, Trouble> {
+        for descriptor in &self.inherited {
+            fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty())).map_err(std::io::Error::from)?;
+        }
+        let Some((program, arguments)) = self.command.split_first() else {
+            return Err(Trouble::new(ErrorKind::InvalidArgument, "no command was given"));
+        };
+        let error = Command::new(program).args(arguments).exec();
+        let why = format!("cannot start {}: {error}; the lease ends", program.to_string_lossy());
+        Err(Trouble::new(ErrorKind::NotFound, why))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_devices_go_where_the_command_says() {
+        let command = ["qemu-system-x86_64", "-m", "1G", PLACE, "-nographic"].map(OsString::from);
+        let words = ["-device", "vfio-pci,host=0000:03:00.0"].map(str::to_owned);
+        assert_eq!(
+            placed(&command, &words),
+            [
+                "qemu-system-x86_64",
+                "-m",
+                "1G",
+                "-device",
+                "vfio-pci,host=0000:03:00.0",
+                "-nographic"
+            ]
+        );
+    }
+}
