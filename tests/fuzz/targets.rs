@@ -9,6 +9,7 @@ use libvfio::ids::{self, Key};
 use libvfio::modalias;
 use libvfio::pci::config;
 use libvfio::protection;
+use vfiod::libvirt::{self, Domain};
 use vfiod::{ledger, uevent};
 
 /// A parser and what must be true of it.
@@ -21,10 +22,11 @@ pub(crate) struct Target {
 }
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 7] = [
+pub(crate) const TARGETS: [Target; 8] = [
     Target { name: "config", run: config_space },
     Target { name: "ids", run: pci_ids },
     Target { name: "ledger", run: lease },
+    Target { name: "libvirt", run: domain },
     Target { name: "modalias", run: aliases },
     Target { name: "mountinfo", run: mounts },
     Target { name: "settings", run: settings },
@@ -89,6 +91,17 @@ fn lease(bytes: &[u8]) {
     let record = ledger::record(&lease).expect("what was read can be written");
     assert_eq!(ledger::parse(&record).as_ref(), Ok(&lease));
     black_box((lease.way_back(), lease.record()));
+}
+
+/// A libvirt domain, as its hooks get it.
+fn domain(bytes: &[u8]) {
+    let Ok(domain) = Domain::parse(&String::from_utf8_lossy(bytes)) else { return };
+    assert_eq!(domain.is_empty(), domain.devices().is_empty());
+    let elements: String = domain.functions.iter().copied().map(libvirt::element).collect();
+    let text =
+        format!("<domain><name>a</name><uuid>b</uuid><devices>{elements}</devices></domain>");
+    let again = Domain::parse(&text).expect("what we write is a domain");
+    assert_eq!(again.functions, domain.functions);
 }
 
 /// A device's alias on the first line, `modules.alias` below it.

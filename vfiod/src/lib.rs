@@ -3,7 +3,8 @@
 //! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] has steps carried out
 //! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`quarantine`] remembers
 //! devices not trusted, [`history`] what happened, [`owner`] waits for whom leases end with,
-//! [`authority`] asks who may, [`uevent`] listens, [`simulation`] offers a host without devices.
+//! [`authority`] asks who may, [`uevent`] listens, [`libvirt`] reads domains, [`simulation`] offers a host
+//! without devices.
 
 pub mod authority;
 pub mod broker;
@@ -16,6 +17,7 @@ mod durable;
 pub mod history;
 pub mod lease;
 pub mod ledger;
+pub mod libvirt;
 pub mod owner;
 pub mod quarantine;
 pub mod request;

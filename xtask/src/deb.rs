@@ -19,7 +19,7 @@ const BINARIES: [(&str, &str); 3] =
     [("vfiod", "usr/libexec"), ("vfiod-sim", "usr/libexec"), ("vfioctl", "usr/bin")];
 
 /// Files of the repository and the directories they go to.
-const FILES: [(&str, &str); 16] = [
+const FILES: [(&str, &str); 17] = [
     ("systemd/vfiod.service", "usr/lib/systemd/system"),
     ("systemd/org.vfiod1.service", "usr/share/dbus-1/system-services"),
     ("systemd/org.vfiod1.conf", "usr/share/dbus-1/system.d"),
@@ -29,6 +29,7 @@ const FILES: [(&str, &str); 16] = [
     ("README.md", "usr/share/doc/vfiod"),
     ("docs/guide.md", "usr/share/doc/vfiod"),
     ("docs/dbus.md", "usr/share/doc/vfiod"),
+    ("docs/libvirt.md", "usr/share/doc/vfiod"),
     ("docs/threat-model.md", "usr/share/doc/vfiod"),
     ("docs/policy.md", "usr/share/doc/vfiod"),
     ("docs/policy/workstation.toml", "usr/share/doc/vfiod/policy"),
@@ -37,6 +38,10 @@ const FILES: [(&str, &str); 16] = [
     ("docs/policy/mixed.toml", "usr/share/doc/vfiod/policy"),
     ("CHANGELOG.md", "usr/share/doc/vfiod"),
 ];
+
+/// Programs of others' that call ours, and the directories they go to. The administrator may change
+/// them.
+const HOOKS: [(&str, &str); 1] = [("vfiod/hooks/libvirt/50-vfiod", "etc/libvirt/hooks/qemu.d")];
 
 /// Completion scripts as vfioctl names them, and as each shell wants them.
 const COMPLETIONS: [(&str, &str); 3] = [
@@ -69,10 +74,11 @@ pub(crate) fn build() -> Result<PathBuf> {
             install(&exec::named(&binaries, name)?, &binary, 0o755)?;
             exec::quiet(Command::new("strip").args(["--strip-unneeded", "--"]).arg(binary))?;
         }
-        for (file, directory) in FILES {
+        let files = FILES.iter().map(|file| (file, 0o644));
+        for ((file, directory), mode) in files.chain(HOOKS.iter().map(|hook| (hook, 0o755))) {
             let source = exec::root().join(file);
             let name = source.file_name().context("a file without a name")?;
-            install(&source, &stage.join(directory).join(name), 0o644)?;
+            install(&source, &stage.join(directory).join(name), mode)?;
         }
         stage_generated(&stage)?;
         stage_documents(&stage)?;
@@ -138,6 +144,10 @@ fn stage_control(stage: &Path) -> Result<()> {
     let directory = stage.join("DEBIAN");
     fs::create_dir_all(&directory)?;
     fs::write(directory.join("control"), control)?;
+    let kept = HOOKS.iter().filter_map(|(file, directory)| {
+        Some(format!("/{directory}/{}\n", Path::new(file).file_name()?.to_str()?))
+    });
+    fs::write(directory.join("conffiles"), kept.collect::<String>())?;
     for (name, text) in SCRIPTS {
         let path = directory.join(name);
         fs::write(&path, text)?;

@@ -52,10 +52,7 @@ impl Guest {
 
     /// Has a launcher start a guest, which becomes its QEMU, with these arguments beside the usual
     /// ones, and waits until it has booted.
-    pub fn launch(
-        launcher: &[&str],
-        arguments: impl IntoIterator<Item = String>,
-    ) -> Result<Self> {
+    pub fn launch(launcher: &[&str], arguments: impl IntoIterator<Item = String>) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         prepare()?;
         let base = format!("{DIRECTORY}/{}", NUMBER.fetch_add(1, Ordering::Relaxed));

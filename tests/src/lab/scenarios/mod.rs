@@ -6,6 +6,7 @@ mod conformance;
 mod demo;
 mod descriptors;
 mod device_nodes;
+mod libvirt;
 mod life;
 mod refusals;
 mod run;
@@ -86,6 +87,9 @@ const SCENARIOS: &[Scenario] = &[
     scenario("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
     scenario("descriptors", "who may open what is leased, and for how long", descriptors::run),
     scenario("run", "an ordinary user's guest with a GPU, and all that can be killed", run::run),
+    scenario("libvirt", "domains started, destroyed, and found again", libvirt::cycles),
+    scenario("libvirt-refused", "domains that may not have what they want", libvirt::refusals),
+    scenario("libvirt-managed", "devices libvirt manages, and hooks of others", libvirt::managed),
     scenario("conformance", "the simulated kernel's cases, on a real one", conformance::run),
     scenario(
         "device-nodes",

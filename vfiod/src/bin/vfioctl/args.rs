@@ -106,6 +106,15 @@ pub(crate) enum Command {
     #[command(after_help = "Example:
   qemu-system-x86_64 -accel kvm -m 4G $(vfioctl args 3f9a2c81 --vmm qemu)")]
     Args(ArgsArgs),
+    /// Print a lease's devices as elements of a libvirt domain, with where its memory is best
+    LibvirtXml {
+        /// The lease: its id, a device of it, or the virtual machine it is for
+        #[arg(value_name = "LEASE|DEV|UUID")]
+        lease: String,
+    },
+    /// Lease a libvirt domain's devices while it runs; for /etc/libvirt/hooks/qemu.d/50-vfiod
+    #[command(hide = true)]
+    LibvirtHook(HookArgs),
     /// List leases: who has which devices, failed ones included
     #[command(after_help = "Examples:
   vfioctl leases
@@ -250,6 +259,22 @@ pub(crate) struct RunArgs {
     /// The monitor and its arguments, {vfio} among them
     #[arg(value_name = "COMMAND", last = true, required = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HookArgs {
+    /// The domain's name
+    #[arg(value_name = "DOMAIN")]
+    pub(crate) domain: String,
+    /// What libvirt is at: prepare, started, release, reconnect
+    #[arg(value_name = "OPERATION")]
+    pub(crate) operation: String,
+    /// Where in it: begin, end
+    #[arg(value_name = "STEP")]
+    pub(crate) step: String,
+    /// Whatever else libvirt says
+    #[arg(value_name = "EXTRA")]
+    pub(crate) extra: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -34,28 +34,32 @@ pub(crate) struct Launch {
 /// Prints what a monitor is to be told of a lease.
 pub(crate) async fn args(bus: &Bus, args: &ArgsArgs, out: &Output) -> Result<(), Trouble> {
     let vmm = known(Vmm::from_name(&args.vmm))?;
+    let words = vmm.arguments(&by_address(&one_lease(bus, &args.lease).await?));
+    if out.json { print_json(&json!(words)) } else { print(&format!("{}\n", words.join(" "))) }
+}
+
+/// The one active lease that a name means.
+pub(crate) async fn one_lease(bus: &Bus, name: &str) -> Result<LeaseRecord, Trouble> {
     let leases = bus.manager.list_leases().await?;
-    let path = device(bus, &args.lease).await;
+    let path = device(bus, name).await;
     let meant: Vec<&LeaseRecord> =
-        leases.iter().filter(|lease| means(&args.lease, path.as_deref(), lease)).collect();
-    let lease = match meant.as_slice() {
-        [lease] if lease.state == "active" => lease,
+        leases.iter().filter(|lease| means(name, path.as_deref(), lease)).collect();
+    match meant.as_slice() {
+        [lease] if lease.state == "active" => Ok((*lease).clone()),
         [lease] => {
             let why = format!("lease {} is {}; only active ones are used", lease.id, lease.state);
-            return Err(Trouble::new(ErrorKind::Busy, why));
+            Err(Trouble::new(ErrorKind::Busy, why))
         }
         [] => {
-            let why = format!("no lease is, has or is for {}; see 'vfioctl leases'", args.lease);
-            return Err(Trouble::new(ErrorKind::NotFound, why));
+            let why = format!("no lease is, has or is for {name}; see 'vfioctl leases'");
+            Err(Trouble::new(ErrorKind::NotFound, why))
         }
         several => {
             let ids: Vec<&str> = several.iter().map(|lease| lease.id.as_str()).collect();
-            let why = format!("{} has several leases; name one: {}", args.lease, ids.join(", "));
-            return Err(Trouble::new(ErrorKind::InvalidArgument, why));
+            let why = format!("{name} has several leases; name one: {}", ids.join(", "));
+            Err(Trouble::new(ErrorKind::InvalidArgument, why))
         }
-    };
-    let words = vmm.arguments(&by_address(lease));
-    if out.json { print_json(&json!(words)) } else { print(&format!("{}\n", words.join(" "))) }
+    }
 }
 
 fn by_address(lease: &LeaseRecord) -> Handed {

@@ -9,6 +9,7 @@ mod generate;
 mod groups;
 mod history;
 mod holders;
+mod hook;
 mod json;
 mod launch;
 mod leases;

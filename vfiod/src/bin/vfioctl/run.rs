@@ -13,8 +13,8 @@ use crate::launch::{self, Launch};
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
-    attach, check, explain, generate, groups, history, holders, leases, list, monitor, policy,
-    quarantine, release, show, tree, vf,
+    attach, check, explain, generate, groups, history, holders, hook, leases, list, monitor,
+    policy, quarantine, release, show, tree, vf,
 };
 
 pub(crate) fn main() -> ExitCode {
@@ -97,6 +97,8 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Args(args) => launch::args(&bus().await?, &args, &out).await?,
+        Command::LibvirtHook(args) => return hook::run(&args, address).await,
+        Command::LibvirtXml { lease } => hook::xml(&bus().await?, &lease, &out).await?,
         // Answered before, since what comes of it is no answer.
         Command::Run(_) => {}
         Command::Release(args) => return release::run(&bus().await?, &args, &out).await,
