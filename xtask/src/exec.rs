@@ -86,6 +86,15 @@ pub(crate) fn build_agent() -> Result<PathBuf> {
     named(&built, "lab-agent")
 }
 
+/// Builds the example launcher, which the lab runs as a user would.
+pub(crate) fn build_launcher() -> Result<PathBuf> {
+    let built = progress::step("building the example launcher", || {
+        let package = ["build", "--release", "--package", "libvfio", "--features", "client"];
+        build(cargo().args(package).args(["--example", "launcher"]))
+    })?;
+    named(&built, "launcher")
+}
+
 /// Builds the init of the lab's guests, linked statically: it is all there is in a guest.
 pub(crate) fn build_guest_init() -> Result<PathBuf> {
     let built = progress::step("building the guest's init", || {

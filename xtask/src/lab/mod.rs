@@ -105,10 +105,11 @@ fn shell() -> Result<ExitCode> {
 fn boot(agent: PathBuf, kernel: Kernel, console: Console, purpose: Purpose) -> Result<Session> {
     host::require_root()?;
     let guest_init = exec::build_guest_init()?;
+    let launcher = exec::build_launcher()?;
     let package = deb::build()?;
     let image = image::ready()?;
     let own = (kernel == Kernel::Own).then(kernel::ready).transpose()?;
-    let payload = Payload { package, agent, guest_init };
+    let payload = Payload { package, agent, guest_init, launcher };
     progress::step(&format!("booting the lab ({kernel} kernel)"), || {
         Session::start(Vm::start(&image, own.as_ref(), &payload, console, purpose)?)
     })

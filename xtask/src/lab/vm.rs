@@ -43,6 +43,7 @@ pub(super) struct Payload {
     pub(super) package: PathBuf,
     pub(super) agent: PathBuf,
     pub(super) guest_init: PathBuf,
+    pub(super) launcher: PathBuf,
 }
 
 /// Where the lab's console goes.
@@ -143,6 +144,7 @@ fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
         (&payload.package, "vfiod.deb"),
         (&payload.agent, "lab-agent"),
         (&payload.guest_init, "guest-init"),
+        (&payload.launcher, "launcher"),
     ] {
         fs::copy(file, staging.join(name)).with_context(|| file.display().to_string())?;
     }

@@ -6,6 +6,7 @@ mod conformance;
 mod demo;
 mod descriptors;
 mod device_nodes;
+mod dma;
 mod libvirt;
 mod life;
 mod refusals;
@@ -87,6 +88,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
     scenario("descriptors", "who may open what is leased, and for how long", descriptors::run),
     scenario("run", "an ordinary user's guest with a GPU, and all that can be killed", run::run),
+    scenario("dma", "the example launcher moves data, in its mappings and out of them", dma::run),
     scenario("libvirt", "domains started, destroyed, and found again", libvirt::cycles),
     scenario("libvirt-refused", "domains that may not have what they want", libvirt::refusals),
     scenario("libvirt-managed", "devices libvirt manages, and hooks of others", libvirt::managed),
