@@ -29,6 +29,8 @@ pub mod pci;
 
 mod members;
 
+pub mod mediated;
+
 pub mod acl;
 pub mod holders;
 pub mod inventory;

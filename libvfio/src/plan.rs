@@ -1,6 +1,7 @@
 //! From what is and what is asked to the steps that lead there, or the reasons not to.
 //! Pure: reads nothing, changes nothing.
 
+mod mediated;
 mod reasons;
 mod shaping;
 mod virtual_functions;
@@ -15,6 +16,7 @@ use crate::backend::{Maker, Offer};
 use crate::error::ErrorKind;
 use crate::inventory::{DriverSource, Inventory};
 use crate::iommu::Isolation;
+use crate::mediated::{Device, TypeName, Types, Uuid};
 use crate::modalias;
 use crate::pci::{Binding, Function};
 use crate::protection::Use;
@@ -27,6 +29,8 @@ pub struct Request {
     /// The functions meant. Other functions of the same devices that share their groups come
     /// along by themselves.
     pub devices: Vec<PciAddress>,
+    /// Mediated devices to make.
+    pub mediated: BTreeMap<Uuid, TypeName>,
     /// Take every member of the groups along, also those of other devices.
     pub whole_group: bool,
     /// Accept devices that somebody else has put on a VFIO driver.
@@ -67,6 +71,10 @@ pub struct Circumstances {
     pub uses: Vec<Use>,
     /// Functions that are not trusted, and why.
     pub quarantined: BTreeMap<PciAddress, String>,
+    /// Mediated devices there are, and those on their way.
+    pub mediated: BTreeMap<Uuid, Device>,
+    /// What can be made into mediated devices, with the types of those that were asked for.
+    pub parents: BTreeMap<String, Types>,
 }
 
 impl Circumstances {
@@ -80,7 +88,9 @@ impl Circumstances {
 pub struct Plan {
     /// Each function that changes hands, and how it is bound before.
     pub devices: BTreeMap<PciAddress, Binding>,
-    /// The groups they make up.
+    /// Each mediated device that is made.
+    pub mediated: BTreeMap<Uuid, TypeName>,
+    /// The groups that the functions make up.
     pub groups: Vec<u32>,
     /// What will be done, in this order.
     pub steps: Vec<Step>,
@@ -164,7 +174,7 @@ pub fn attach(
     request: &Request,
 ) -> Result<Plan, Refusal> {
     let members = members(inventory, request);
-    let mut found = Vec::new();
+    let mut found = mediated::refuse(inventory, circumstances, request);
     for function in &members.taken {
         found.extend(reasons::refuse_function(inventory, circumstances, request, function));
         found.extend(shaping::refuse(inventory, circumstances, request, function));
@@ -185,6 +195,8 @@ pub fn attach(
         let access: Vec<Step> = plan.devices.keys().map(access).collect();
         plan.steps.extend(access);
     }
+    plan.steps.extend(mediated::steps(request));
+    plan.mediated.clone_from(&request.mediated);
     for function in &members.taken {
         plan.warnings.extend(reasons::warnings(circumstances, function));
     }

@@ -13,6 +13,7 @@ use crate::address::PciAddress;
 use crate::backend::Maker;
 use crate::error::ErrorKind;
 use crate::host::HostRoot;
+use crate::mediated::{TypeName, Uuid};
 use crate::shape::{Setting, Value};
 
 /// One change. What a dry run prints, what is executed, what the ledger records and, inverted,
@@ -106,6 +107,22 @@ pub enum Step {
         process: u32,
         /// How much, in bytes.
         bytes: u64,
+    },
+    /// Have a driver make a mediated device.
+    CreateMediated {
+        /// Of what, and of which kind.
+        #[serde(flatten)]
+        of: TypeName,
+        /// What it is to be called.
+        uuid: Uuid,
+    },
+    /// Have a driver take a mediated device away.
+    RemoveMediated {
+        /// Of what it is, and of which kind.
+        #[serde(flatten)]
+        of: TypeName,
+        /// What it is called.
+        uuid: Uuid,
     },
     /// Ask VFIO whether the whole group may be given to a guest. Changes nothing.
     CheckViable {
@@ -216,7 +233,11 @@ impl StepError {
                 Cause::Kernel { errno: Errno::EOPNOTSUPP },
             )
             | (Step::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => ErrorKind::Unsupported,
-            (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY }) => ErrorKind::Busy,
+            (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY })
+            | (
+                Step::CreateMediated { .. },
+                Cause::Kernel { errno: Errno::ENOSPC | Errno::EUSERS },
+            ) => ErrorKind::Busy,
             _ => ErrorKind::Internal,
         }
     }
@@ -269,6 +290,12 @@ impl fmt::Display for Step {
             Self::LockMemory { process, bytes } => {
                 write!(f, "let process {process} lock {} MiB of memory", bytes.div_ceil(1 << 20))
             }
+            Self::CreateMediated { of, uuid } => {
+                write!(f, "create mediated device {uuid} of {of}")
+            }
+            Self::RemoveMediated { of, uuid } => {
+                write!(f, "remove mediated device {uuid} of {of}")
+            }
             Self::CheckViable { group } => write!(f, "check that VFIO finds group {group} viable"),
         }
     }
@@ -280,7 +307,7 @@ fn or_none(name: Option<&String>) -> &str {
 
 impl Step {
     /// The words of all kinds of steps.
-    pub const KINDS: [&str; 12] = [
+    pub const KINDS: [&str; 14] = [
         "load-module",
         "unbind-lock",
         "unbind",
@@ -292,6 +319,8 @@ impl Step {
         "shape",
         "node-access",
         "lock-memory",
+        "create-mediated",
+        "remove-mediated",
         "check-viable",
     ];
 
@@ -309,6 +338,8 @@ impl Step {
             Self::Shape { .. } => "shape",
             Self::NodeAccess { .. } => "node-access",
             Self::LockMemory { .. } => "lock-memory",
+            Self::CreateMediated { .. } => "create-mediated",
+            Self::RemoveMediated { .. } => "remove-mediated",
             Self::CheckViable { .. } => "check-viable",
         }
     }
@@ -325,7 +356,19 @@ impl Step {
             | Self::Shape { device, .. }
             | Self::NodeAccess { device, .. }
             | Self::Reset { device } => Some(*device),
-            Self::LoadModule { .. } | Self::LockMemory { .. } | Self::CheckViable { .. } => None,
+            Self::LoadModule { .. }
+            | Self::LockMemory { .. }
+            | Self::CreateMediated { .. }
+            | Self::RemoveMediated { .. }
+            | Self::CheckViable { .. } => None,
+        }
+    }
+
+    /// The mediated device it makes or takes away, if it does.
+    pub fn mediated(&self) -> Option<Uuid> {
+        match self {
+            Self::CreateMediated { uuid, .. } | Self::RemoveMediated { uuid, .. } => Some(*uuid),
+            _ => None,
         }
     }
 
@@ -371,6 +414,12 @@ impl Step {
             }
             Self::NodeAccess { device, user, allowed } => {
                 Some(Self::NodeAccess { device: *device, user: *user, allowed: !allowed })
+            }
+            Self::CreateMediated { of, uuid } => {
+                Some(Self::RemoveMediated { of: of.clone(), uuid: *uuid })
+            }
+            Self::RemoveMediated { of, uuid } => {
+                Some(Self::CreateMediated { of: of.clone(), uuid: *uuid })
             }
             Self::LoadModule { .. }
             | Self::UnbindLock { .. }
@@ -452,6 +501,10 @@ impl Step {
             (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()
             }
+            (
+                Self::CreateMediated { .. },
+                Cause::Kernel { errno: Errno::ENOSPC | Errno::EUSERS },
+            ) => "its parent has no room for another; see 'vfioctl mdev list'".to_owned(),
             (Self::CheckViable { .. }, Cause::Kernel { errno: Errno::EBUSY }) => {
                 "another process has the group open; see 'fuser -v /dev/vfio/*'".to_owned()
             }

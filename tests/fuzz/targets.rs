@@ -10,6 +10,7 @@ use libvfio::modalias;
 use libvfio::pci::config;
 use libvfio::protection;
 use vfiod::libvirt::{self, Domain};
+use vfiod::uevent::Subject;
 use vfiod::{ledger, uevent};
 
 /// A parser and what must be true of it.
@@ -124,8 +125,10 @@ fn mounts(bytes: &[u8]) {
 
 /// A report of the kernel.
 fn report(bytes: &[u8]) {
-    if let Some(function) = uevent::subject(bytes) {
-        assert_eq!(function.to_string().parse(), Ok(function));
+    match uevent::subject(bytes) {
+        Some(Subject::Function(function)) => assert_eq!(function.to_string().parse(), Ok(function)),
+        Some(Subject::Mediated(uuid)) => assert_eq!(uuid.to_string().parse(), Ok(uuid)),
+        None => {}
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use libvfio::address::PciAddress;
 use libvfio::step::Step;
 use vfiod_tests::sim::Effect;
-use vfiod_tests::survival::{self, DISK, GPU, Ground, OTHER_VF, Place, VF, places};
+use vfiod_tests::survival::{self, DISK, GPU, Ground, OTHER_VF, Place, SERIAL, VF, places};
 
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
 /// More places than there are.
@@ -32,13 +32,15 @@ enum What {
     Release,
 }
 
-const SCENARIOS: [Scenario; 6] = [
+const SCENARIOS: [Scenario; 8] = [
     Scenario { device: GPU[0], what: What::Attach },
     Scenario { device: GPU[1], what: What::LoadAndAttach },
     Scenario { device: GPU[0], what: What::Release },
     Scenario { device: VF, what: What::Attach },
     Scenario { device: OTHER_VF, what: What::Release },
     Scenario { device: DISK, what: What::Attach },
+    Scenario { device: SERIAL, what: What::Attach },
+    Scenario { device: SERIAL, what: What::Release },
 ];
 
 impl Scenario {
@@ -71,14 +73,15 @@ impl Scenario {
             let _refused = ground.run(&self.words(), 0)?;
         }
         let Some(lease) = ground.others()?.pop() else { return Ok(Vec::new()) };
-        let first = *lease.devices.keys().next().context("a lease of nothing")?;
+        let first = lease.devices.keys().next().copied();
         let forward: Vec<Step> =
             lease.forward.iter().map(|recorded| recorded.step.clone()).collect();
         if self.what != What::Release {
             return Ok(places(&forward, first));
         }
         // Whether somebody holds the group is asked as at the end of an attachment.
-        let asked = forward.iter().filter(|step| step.device().is_none()).cloned();
+        let asks = |step: &&Step| matches!(step, Step::CheckViable { .. });
+        let asked = forward.iter().filter(asks).cloned();
         let back: Vec<Step> = asked.chain(lease.way_back().into_iter().map(|r| r.step)).collect();
         Ok(places(&back, first))
     }
@@ -244,7 +247,8 @@ fn whatever_is_killed_no_device_and_no_lease_is_lost() {
 fn a_step_that_outlives_its_broker_is_waited_for() {
     let ground = Ground::new(TRIAL).unwrap();
     let device: PciAddress = GPU[0].parse().unwrap();
-    let place = places(&[Step::Unbind { device, driver: "nvidia".into() }], device).remove(0);
+    let unbind = Step::Unbind { device, driver: "nvidia".into() };
+    let place = places(&[unbind], Some(device)).remove(0);
     ground.sim.arm(place.fault(Effect::BlockForever));
     let mut broker = ground.broker().args(["attach", GPU[0], "alice"]).spawn().unwrap();
     let at_it = || ground.sim.is_blocked();

@@ -6,7 +6,7 @@ use libvfio::step::Step;
 use nix::errno::Errno;
 use std::fmt;
 use vfiod_tests::sim::Effect;
-use vfiod_tests::survival::{self, GPU, Ground, OTHER_VF, Place, VF, places};
+use vfiod_tests::survival::{self, GPU, Ground, OTHER_VF, Place, SERIAL, VF, places};
 use vfiod_tests::trial::{Setting, eventually, settled};
 
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
@@ -21,12 +21,14 @@ enum What {
     Release,
 }
 
-const SCENARIOS: [(What, &str); 5] = [
+const SCENARIOS: [(What, &str); 7] = [
     (What::Attach, GPU[1]),
     (What::LoadAndAttach, GPU[0]),
     (What::Release, GPU[0]),
     (What::Attach, VF),
     (What::Release, OTHER_VF),
+    (What::Attach, SERIAL),
+    (What::Release, SERIAL),
 ];
 
 fn effects() -> [Effect; 9] {
@@ -71,7 +73,7 @@ fn cases(what: What, device: &'static str) -> Result<Vec<Case>> {
     let ground = ground(what)?;
     attached(&ground, device)?;
     let lease = ground.others()?.pop().context("no lease")?;
-    let first = *lease.devices.keys().next().context("a lease of nothing")?;
+    let first = lease.devices.keys().next().copied();
     let forward: Vec<Step> = lease.forward.iter().map(|recorded| recorded.step.clone()).collect();
     let places = if what == What::Release {
         let back: Vec<Step> = lease.way_back().into_iter().map(|r| r.step).collect();
@@ -91,7 +93,7 @@ impl Case {
             attached(ground, self.device)?;
         }
         let gone: Vec<PciAddress> = match self.effect {
-            Effect::Vanish => vec![self.place.device],
+            Effect::Vanish => self.place.device.into_iter().collect(),
             _ => Vec::new(),
         };
         ground.sim.arm(self.place.fault(self.effect.clone()));
@@ -116,6 +118,15 @@ impl Case {
         ground.restore(&gone)
     }
 
+    /// The step in words, as far as they are the same each time it is done.
+    fn step(&self) -> String {
+        match self.place.step {
+            Step::CreateMediated { .. } => "create mediated device".to_owned(),
+            Step::RemoveMediated { .. } => "remove mediated device".to_owned(),
+            ref step => step.to_string(),
+        }
+    }
+
     /// What a person must read.
     fn is_told(&self, said: &str) -> Result<()> {
         let errno = match &self.effect {
@@ -126,7 +137,7 @@ impl Case {
         };
         // Another driver is noticed by the step that it is in the way of.
         let other = matches!(self.effect, Effect::BindOther(_));
-        let step = if other { String::new() } else { self.place.step.to_string() };
+        let step = if other { String::new() } else { self.step() };
         let device = self.place.step.device().map(|device| device.to_string()).unwrap_or_default();
         for word in [step, device, errno, "; ".to_owned()] {
             ensure!(said.contains(&word), "'{word}' is not in: {said}");
@@ -141,7 +152,7 @@ impl Case {
             [deadline.as_str()].into_iter().chain(words.iter().copied()).collect();
         let done = ground.run(&words, 0)?;
         ensure!(!done.well && done.said.contains("is wedged"), "not told: {}", done.said);
-        let step = self.place.step.to_string();
+        let step = self.step();
         for word in [step.as_str(), "did not", "only a reboot helps"] {
             ensure!(done.said.contains(word), "'{word}' is not in: {}", done.said);
         }

@@ -8,6 +8,7 @@ mod ending;
 mod holding;
 mod lagging;
 mod leasing;
+mod mediated;
 mod opening;
 mod quarantining;
 mod shaping;
@@ -136,6 +137,7 @@ struct Data {
 struct Around {
     uses: Vec<Use>,
     offers: BTreeMap<PciAddress, Vec<Offer>>,
+    parts: mediated::Parts,
 }
 
 /// Somebody who waits for one answer. Work may go on after it was given.
@@ -166,11 +168,12 @@ impl Broker {
     ) -> anyhow::Result<Self> {
         let Stores { ledger, mut quarantine, history } = stores;
         let inventory = Arc::new(Inventory::scan(&means.host)?);
+        let parts = libvfio::mediated::devices(&means.host)?;
         let found = ledger.load()?;
         let distrusted = quarantine.load();
         let lease = |lease: Lease| {
             let behind = found.behind.contains(&lease.id);
-            let lease = if behind { lagging::caught_up(lease, &inventory) } else { lease };
+            let lease = if behind { lagging::caught_up(lease, &inventory, &parts) } else { lease };
             (lease.id.clone(), lease)
         };
         let data = Data {
@@ -318,7 +321,8 @@ impl Broker {
     /// Looks at all that a request would touch.
     fn look_around(&self, request: &Request) -> Result<Around, Failure> {
         let uses = self.uses(&self.refresh_around(request)?)?;
-        Ok(Around { uses, offers: self.offers_around(request)? })
+        let (offers, parts) = (self.offers_around(request)?, self.look_at_mediated(request)?);
+        Ok(Around { uses, offers, parts })
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
@@ -359,8 +363,13 @@ impl Broker {
         } else {
             check_devices(names)?;
         }
-        for name in names {
+        let (functions, mediated) = mediated::parted(names)?;
+        for name in functions {
             devices.insert(inventory.resolve(name)?);
+        }
+        if !options.shape.is_empty() && !mediated.is_empty() {
+            let why = "settings are for virtual functions, not for mediated devices";
+            return Err(Failure::new(ErrorKind::InvalidArgument, why));
         }
         let mut single = options.shape.each().filter(|(setting, _)| setting.is_for_one());
         if let Some((setting, _)) = single.next().filter(|_| devices.len() > 1) {
@@ -370,6 +379,7 @@ impl Broker {
         }
         Ok(Request {
             devices: devices.into_iter().collect(),
+            mediated,
             whole_group: options.whole_group,
             adopt: options.adopt,
             allow_protected: options.allow_protected,
@@ -380,12 +390,11 @@ impl Broker {
 }
 
 fn plan_within(data: &Data, request: &Request, found: Around) -> Result<Plan, Refusal> {
-    let Around { uses, offers } = found;
-    let circumstances = Circumstances { offers, ..circumstances(data, uses) };
-    plan::attach(&data.inventory, &circumstances, request)
+    plan::attach(&data.inventory, &circumstances(data, found), request)
 }
 
-fn circumstances(data: &Data, uses: Vec<Use>) -> Circumstances {
+fn circumstances(data: &Data, found: Around) -> Circumstances {
+    let Around { uses, offers, parts: mediated::Parts { devices, parents } } = found;
     let claim = |(device, lease): (PciAddress, &Lease)| {
         let claim = Claim {
             lease: lease.id.clone(),
@@ -399,8 +408,11 @@ fn circumstances(data: &Data, uses: Vec<Use>) -> Circumstances {
     Circumstances {
         claims,
         uses,
+        offers,
         quarantined: data.quarantined(),
         autoprobe_off: data.autoprobe_off.clone(),
+        mediated: data.with_claimed(devices),
+        parents,
         ..Circumstances::default()
     }
 }

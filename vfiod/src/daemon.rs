@@ -1,5 +1,6 @@
 //! The daemon's life: start, one loop over what happens, end. Talks to systemd and the journal.
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ use crate::service::Service;
 use crate::simulation::{self, Simulation};
 use crate::stores::Stores;
 use crate::transition::Means;
-use crate::uevent::{Hint, Uevents};
+use crate::uevent::{Hint, Subject, Uevents};
 use crate::worker::{self, Deadline, Deadlines, Reader, Workers};
 
 /// How long reading an attribute may take before its device counts as stuck.
@@ -178,7 +179,7 @@ fn follow(
 fn watch(broker: &Arc<Broker>, uevents: &Uevents) {
     loop {
         match uevents.wait() {
-            Ok(Hint::Look(addresses)) => broker.notice(addresses),
+            Ok(Hint::Look(subjects)) => look(broker, &subjects),
             Ok(Hint::LookEverywhere) => {
                 warn!("device events were lost; looking at the whole host again");
                 broker.resynchronise();
@@ -191,6 +192,18 @@ fn watch(broker: &Arc<Broker>, uevents: &Uevents) {
             }
         }
     }
+}
+
+fn look(broker: &Arc<Broker>, subjects: &BTreeSet<Subject>) {
+    let (mut functions, mut mediated) = (Vec::new(), BTreeSet::new());
+    for subject in subjects {
+        match subject {
+            Subject::Function(address) => functions.push(*address),
+            Subject::Mediated(uuid) => _ = mediated.insert(*uuid),
+        }
+    }
+    broker.notice(functions);
+    broker.notice_mediated(&mediated);
 }
 
 /// Until the daemon is told to stop, or the bus has gone.

@@ -13,6 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use libvfio::address::PciAddress;
 use libvfio::client::HistoryRecord;
+use libvfio::mediated::Uuid;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +51,9 @@ pub struct Entry {
     /// The functions concerned.
     #[serde(default)]
     pub devices: Vec<PciAddress>,
+    /// The mediated devices concerned.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mediated: Vec<Uuid>,
     /// Why or how, in words; may be empty.
     #[serde(default)]
     pub text: String,
@@ -97,7 +101,8 @@ impl Entry {
     /// Something that happens now.
     pub fn now(event: Event, devices: Vec<PciAddress>, text: impl Into<String>) -> Self {
         let text = text.into();
-        Self { time: now(), event, lease: None, tenant: None, vm: None, devices, text }
+        let (time, mediated) = (now(), Vec::new());
+        Self { time, event, lease: None, tenant: None, vm: None, devices, mediated, text }
     }
 
     /// Something that happens now to a lease.
@@ -107,6 +112,7 @@ impl Entry {
             // What the daemon does for itself is no tenant's.
             tenant: lease.task.is_none().then(|| lease.tenant.clone()),
             vm: lease.vm.clone(),
+            mediated: lease.mediated.keys().copied().collect(),
             ..Self::now(event, lease.devices.keys().copied().collect(), text)
         }
     }
@@ -119,7 +125,12 @@ impl Entry {
             lease: self.lease.clone(),
             tenant: self.tenant.clone(),
             vm: self.vm.clone(),
-            devices: self.devices.iter().map(ToString::to_string).collect(),
+            devices: self
+                .devices
+                .iter()
+                .map(ToString::to_string)
+                .chain(self.mediated.iter().map(ToString::to_string))
+                .collect(),
             text: self.text.clone(),
         }
     }

@@ -6,6 +6,7 @@ use std::fmt;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{LeaseRecord, StepRecord};
+use libvfio::mediated::{TypeName, Uuid};
 use libvfio::pci::{Binding, Identity};
 use libvfio::plan;
 use libvfio::step::{Outcome, Step};
@@ -43,6 +44,9 @@ pub struct Lease {
     pub interface: Option<Interface>,
     /// Its functions, and how each was found.
     pub devices: BTreeMap<PciAddress, Found>,
+    /// Its mediated devices, which are there for its time only.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub mediated: BTreeMap<Uuid, TypeName>,
     /// The way to the guest. The first step without an outcome may or may not have happened.
     pub forward: Vec<Recorded>,
     /// The way back, once it has begun; likewise.
@@ -179,6 +183,7 @@ impl Lease {
             task: self.task.clone(),
             interface: self.interface.map(|interface| interface.name().to_owned()),
             devices: self.devices.keys().map(ToString::to_string).collect(),
+            mediated: self.mediated.keys().map(ToString::to_string).collect(),
             owner: self.owner,
             created: self.created,
             steps: steps.map(|r| StepRecord::new(&r.step, r.outcome)).collect(),

@@ -219,6 +219,7 @@ mod tests {
             task: None,
             interface: None,
             devices: std::collections::BTreeMap::new(),
+            mediated: std::collections::BTreeMap::new(),
             forward: Vec::new(),
             backward: Vec::new(),
         }

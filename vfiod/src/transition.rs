@@ -137,6 +137,7 @@ impl Walk<'_> {
     /// Returns what failed.
     pub fn backward(&self, lease: &mut Lease, strangers: &BTreeSet<PciAddress>) -> Vec<Stopped> {
         let mut failures: Vec<Stopped> = strangers.iter().copied().map(Stopped::Stranger).collect();
+        failures.extend(self.remove_mediated(lease));
         let mut failed = self.back(lease, strangers);
         let mut again: BTreeSet<PciAddress> =
             failed.iter().filter(|(_, why)| is_worth_more(lease, why)).map(|f| f.0).collect();
@@ -160,6 +161,30 @@ impl Walk<'_> {
             failed.extend(still);
         }
         failures.extend(failed.into_iter().map(|(_, why)| why));
+        failures
+    }
+
+    /// Has the lease's mediated devices removed, each tried once more where that fails.
+    fn remove_mediated(&self, lease: &mut Lease) -> Vec<Stopped> {
+        let mut failures = Vec::new();
+        for at in 0..lease.backward.len() {
+            let Recorded { step, outcome } = lease.backward[at].clone();
+            if step.mediated().is_none() || outcome.is_some() {
+                continue;
+            }
+            if let Err(error) = self.write(lease) {
+                warn!(lease = lease.id, %error, "cannot write the lease ledger");
+            }
+            let done = self.carry_out(lease, &step).or_else(|error| {
+                warn!(lease = lease.id, step = step.name(), %error, "a step back failed");
+                std::thread::sleep(AGAIN);
+                self.carry_out(lease, &step)
+            });
+            match done {
+                Ok(Done { outcome, .. }) => lease.backward[at].outcome = Some(outcome),
+                Err(error) => failures.push(error),
+            }
+        }
         failures
     }
 

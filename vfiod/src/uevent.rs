@@ -1,4 +1,4 @@
-//! What the kernel reports of PCI devices, or the simulator in its place. Listens to one socket;
+//! What the kernel reports of PCI functions and mediated devices, or the simulator in its place. Listens to one socket;
 //! its reports are hints to look again, never facts.
 
 use std::collections::BTreeSet;
@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use libvfio::address::PciAddress;
+use libvfio::mediated::Uuid;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, setsockopt,
@@ -22,10 +23,19 @@ pub(crate) const LONGEST: usize = 8192;
 /// What a batch of reports amounts to.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Hint {
-    /// Look at these functions again.
-    Look(BTreeSet<PciAddress>),
+    /// Look at these again.
+    Look(BTreeSet<Subject>),
     /// Reports were lost: look at everything again.
     LookEverywhere,
+}
+
+/// What a report is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Subject {
+    /// A PCI function.
+    Function(PciAddress),
+    /// A mediated device.
+    Mediated(Uuid),
 }
 
 /// The kernel's reports, or a simulator's in the same words.
@@ -56,18 +66,17 @@ impl Uevents {
         Self { socket }
     }
 
-    /// Waits for reports of PCI functions and gathers all there are. Blocks. A simulator's end is
+    /// Waits for reports of what devices there are and gathers all there are. Blocks. A simulator's end is
     /// [`UnexpectedEof`](io::ErrorKind::UnexpectedEof).
     pub fn wait(&self) -> io::Result<Hint> {
-        let mut addresses = BTreeSet::new();
+        let mut subjects = BTreeSet::new();
         loop {
-            let wait =
-                if addresses.is_empty() { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
+            let wait = if subjects.is_empty() { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
             let mut buffer = [0u8; LONGEST];
             match recv(self.socket.as_raw_fd(), &mut buffer, wait) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(length) => addresses.extend(subject(&buffer[..length])),
-                Err(Errno::EAGAIN) => return Ok(Hint::Look(addresses)),
+                Ok(length) => subjects.extend(subject(&buffer[..length])),
+                Err(Errno::EAGAIN) => return Ok(Hint::Look(subjects)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::ENOBUFS) => return Ok(Hint::LookEverywhere),
                 Err(errno) => return Err(errno.into()),
@@ -76,17 +85,20 @@ impl Uevents {
     }
 }
 
-/// The PCI function a report is about: `action@devpath`, then `KEY=value`, separated by zero bytes
+/// What a report is about: `action@devpath`, then `KEY=value`, separated by zero bytes
 /// (`Documentation/ABI/testing/sysfs-uevent`). Reports about what is below a function, such as its
 /// VFIO device, are about the function too.
-pub fn subject(report: &[u8]) -> Option<PciAddress> {
+pub fn subject(report: &[u8]) -> Option<Subject> {
     let mut fields = report.split(|byte| *byte == 0).filter_map(|f| std::str::from_utf8(f).ok());
     let (_, path) = fields.next()?.split_once('@')?;
     let subsystem = fields.find_map(|field| field.strip_prefix("SUBSYSTEM="))?;
-    if !matches!(subsystem, "pci" | "vfio-dev") {
-        return None;
+    match subsystem {
+        "mdev" => path.rsplit('/').next()?.parse().ok().map(Subject::Mediated),
+        "pci" | "vfio-dev" => {
+            path.rsplit('/').find_map(|part| part.parse().ok()).map(Subject::Function)
+        }
+        _ => None,
     }
-    path.rsplit('/').find_map(|part| part.parse().ok())
 }
 
 #[cfg(test)]
@@ -94,12 +106,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reports_name_their_function() {
+    fn reports_name_their_subject() {
+        let function = "03:00.0".parse().ok().map(Subject::Function);
         let bind = b"bind@/devices/pci0000:00/0000:00:03.0/0000:03:00.0\0ACTION=bind\0\
                      DEVPATH=/devices/pci0000:00/0000:00:03.0/0000:03:00.0\0SUBSYSTEM=pci\0SEQNUM=9\0";
-        assert_eq!(subject(bind), "03:00.0".parse().ok());
+        assert_eq!(subject(bind), function);
         let below = b"add@/devices/pci0000:00/0000:03:00.0/vfio-dev/vfio0\0SUBSYSTEM=vfio-dev\0";
-        assert_eq!(subject(below), "03:00.0".parse().ok());
+        assert_eq!(subject(below), function);
+        let uuid = "b3a1f3c6-3a04-4d4e-8a4e-0f6b1f3c63a0";
+        let part = format!("remove@/devices/virtual/mtty/mtty/{uuid}\0SUBSYSTEM=mdev\0");
+        assert_eq!(subject(part.as_bytes()), uuid.parse().ok().map(Subject::Mediated));
     }
 
     #[test]

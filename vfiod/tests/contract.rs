@@ -1,7 +1,7 @@
 //! The daemon's objects, introspected over a real connection, against the contract that is
 //! shipped. On a described host in a temporary directory; changes nothing else.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -45,7 +45,8 @@ fn failed_lease() -> Lease {
         bound: None,
         task: None,
         interface: None,
-        devices: std::collections::BTreeMap::new(),
+        devices: BTreeMap::new(),
+        mediated: BTreeMap::new(),
         forward: Vec::new(),
         backward: Vec::new(),
     }

@@ -4,11 +4,13 @@
 
 mod failure;
 mod holding;
+mod mediated;
 mod records;
 mod setting;
 
 pub use failure::Failure;
 pub use holding::{HolderRecord, HoldersRecord, UseRecord};
+pub use mediated::{MediatedDeviceRecord, MediatedRecord, MediatedTypeRecord};
 pub use records::{
     BarRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
     ReasonRecord, StepRecord,
@@ -66,6 +68,9 @@ pub trait Manager {
 
     /// Every IOMMU group.
     fn list_groups(&self) -> Result<Vec<GroupRecord>, Failure>;
+
+    /// What mediated devices there can be, and which there are.
+    fn list_mediated(&self) -> Result<MediatedRecord, Failure>;
 
     /// Every lease.
     fn list_leases(&self) -> Result<Vec<LeaseRecord>, Failure>;

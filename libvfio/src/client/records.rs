@@ -139,6 +139,8 @@ pub struct PlanRecord {
     pub possible: bool,
     /// The functions that would change hands.
     pub devices: Vec<String>,
+    /// What the mediated devices would be called that would be made; another time, otherwise.
+    pub mediated: Vec<String>,
     /// The groups concerned.
     pub groups: Vec<GroupRecord>,
     /// What would be done, in order.
@@ -155,7 +157,7 @@ pub struct PlanRecord {
 pub struct StepRecord {
     /// The kind: `unbind`, `set-override`, `bind` and so on.
     pub step: String,
-    /// The function it changes.
+    /// The function it changes, by its address, or the mediated device, by its UUID.
     pub device: Option<String>,
     /// The step in words.
     pub text: String,
@@ -203,6 +205,8 @@ pub struct LeaseRecord {
     pub interface: Option<String>,
     /// Its functions.
     pub devices: Vec<String>,
+    /// Its mediated devices, by their UUIDs.
+    pub mediated: Vec<String>,
     /// User id of the caller that attached it.
     pub owner: u32,
     /// When it was made, in seconds since 1970.
@@ -243,7 +247,7 @@ pub struct HistoryRecord {
     pub tenant: Option<String>,
     /// The virtual machine it was for.
     pub vm: Option<String>,
-    /// The functions concerned.
+    /// The functions and the mediated devices concerned.
     pub devices: Vec<String>,
     /// Why or how; may be empty.
     pub text: String,
@@ -352,6 +356,7 @@ impl PlanRecord {
             Ok(plan) => Self {
                 possible: true,
                 devices: plan.devices.keys().map(ToString::to_string).collect(),
+                mediated: plan.mediated.keys().map(ToString::to_string).collect(),
                 steps: plan.steps.iter().map(|step| StepRecord::new(step, None)).collect(),
                 warnings: plan.warnings.clone(),
                 ..Self::default()
@@ -373,7 +378,10 @@ impl StepRecord {
         });
         Self {
             step: step.name().to_owned(),
-            device: step.device().map(|device| device.to_string()),
+            device: step
+                .device()
+                .map(|device| device.to_string())
+                .or_else(|| step.mediated().map(|uuid| uuid.to_string())),
             text: step.to_string(),
             outcome: outcome.map(str::to_owned),
             undo: step.inverse().map(|step| step.to_string()),

@@ -1,5 +1,6 @@
 //! Why functions are not given away, and what should be known of those that are. Pure.
 
+use super::mediated::refuse_parted;
 use super::{Circumstances, Claim, Reason, Request, full_modules};
 use crate::address::PciAddress;
 use crate::error::ErrorKind;
@@ -96,6 +97,7 @@ pub(super) fn refuse_function(
                 .into(),
         ));
     }
+    reasons.extend(refuse_parted(circumstances, address));
     reasons.extend(uses(circumstances, request, function));
     reasons
 }

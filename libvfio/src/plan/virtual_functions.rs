@@ -3,6 +3,7 @@
 //! The kernel removes all before it makes others (`sriov_numvfs_store`,
 //! `drivers/pci/pci-sysfs.c`), so any use of any of them forbids it.
 
+use super::mediated::refuse_parted;
 use super::reasons::{leased, uses};
 use super::{Circumstances, Plan, Reason, Refusal, Request};
 use crate::address::PciAddress;
@@ -141,6 +142,7 @@ fn refuse_virtual(circumstances: &Circumstances, function: &Function) -> Vec<Rea
         return vec![leased(address, claim)];
     }
     let mut reasons: Vec<Reason> = uses(circumstances, &Request::default(), function).collect();
+    reasons.extend(refuse_parted(circumstances, address));
     if function.on_vfio() {
         reasons.push(Reason {
             kind: ErrorKind::Busy,

@@ -1,5 +1,6 @@
 //! Carrying steps out. The one place that writes to the host: nothing outside this module may change
-//! a driver, an override, a number of virtual functions, a module, a node, a limit or a device.
+//! a driver, an override, a number of virtual functions, a mediated device, a module, a node, a
+//! limit or a device.
 
 use std::process::Command;
 
@@ -9,6 +10,7 @@ use crate::backend::{Handle, Maker, SRIOV_MANAGE};
 use crate::error::Error;
 use crate::holders;
 use crate::host::{HostRoot, LOAD_MODULE, SIMULATED_SRIOV_MANAGE};
+use crate::mediated::{self, TypeName, Uuid};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
 use crate::shape::{Setting, Value};
@@ -34,6 +36,8 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
         Step::Shape { device, setting, from, to } => set_shape(host, *device, *setting, from, to),
         Step::NodeAccess { device, user, allowed } => node_access(host, *device, *user, *allowed),
         Step::LockMemory { process, bytes } => lock_memory(*process, *bytes),
+        Step::CreateMediated { of, uuid } => create_mediated(host, of, *uuid),
+        Step::RemoveMediated { of, uuid } => remove_mediated(host, of, *uuid),
         Step::CheckViable { group } => check_viable(host, *group),
     }
 }
@@ -277,6 +281,40 @@ fn lock_memory(process: u32, bytes: u64) -> Done {
     memlock::raise(process, bytes, hard).map_err(|e| Cause::kernel(&e))?;
     let say = |so| Some(if so { "as much" } else { "less" });
     read_back(say(true), say(allows()?))
+}
+
+/// Without a group it could not be given to a guest: its driver did not take it (`mdev_device_create`,
+/// `drivers/vfio/mdev/mdev_core.c`).
+fn create_mediated(host: &HostRoot, of: &TypeName, uuid: Uuid) -> Done {
+    let now = || mediated::Device::read(host, uuid);
+    match now() {
+        Some(found) if found.of == *of => return Ok(Outcome::AlreadySo),
+        Some(found) => return Err(changed(None, Some(&found.of.to_string()))),
+        None => {}
+    }
+    let kind = host.sys(mediated::PARENTS).sub(&of.parent).sub(mediated::TYPES).sub(&of.kind);
+    kind.write("create", &uuid.to_string()).map_err(|e| Cause::kernel(&e))?;
+    match now() {
+        Some(found) if found.of == *of && found.iommu_group.is_some() => Ok(Outcome::Done),
+        Some(found) if found.of == *of => read_back(Some("an IOMMU group"), None),
+        found => {
+            read_back(Some(&of.to_string()), found.map(|found| found.of.to_string()).as_deref())
+        }
+    }
+}
+
+fn remove_mediated(host: &HostRoot, of: &TypeName, uuid: Uuid) -> Done {
+    let now = || mediated::Device::read(host, uuid).map(|found| found.of);
+    match now() {
+        None => return Ok(Outcome::AlreadySo),
+        Some(found) if found != *of => {
+            return Err(changed(Some(&of.to_string()), Some(&found.to_string())));
+        }
+        Some(_) => {}
+    }
+    let dir = host.sys(mediated::DEVICES).sub(&uuid.to_string());
+    dir.write("remove", "1").map_err(|e| Cause::kernel(&e))?;
+    read_back(None, now().map(|found| found.to_string()).as_deref())
 }
 
 fn check_viable(host: &HostRoot, group: u32) -> Done {

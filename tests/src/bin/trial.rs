@@ -2,7 +2,7 @@
 //!
 //! `trial ROOT RECORDS [KIND=SECONDS...] attach DEVICE TENANT|release TARGET|recover`: a broker that
 //! does one thing and ends once it is at nothing any more, if it is not killed before. Exits with 1
-//! and the reason if that is refused.
+//! and the reason if that is refused. A kind of mediated devices stands for the lease that has one.
 //!
 //! `trial ROOT RECORDS serve`: a broker that does what each line of its input says, as above, and
 //! answers each with `ok` or `error REASON`. `crash N` has it end at the N-th place from then on.
@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use libvfio::client::Failure;
 use vfiod::broker::Broker;
+use vfiod::lease::Lease;
 use vfiod::request::ReleaseOptions;
 use vfiod_tests::trial::{Setting, attach, settled};
 
@@ -50,7 +51,12 @@ fn main() -> anyhow::Result<ExitCode> {
 fn act(broker: &Arc<Broker>, what: &[&str]) -> anyhow::Result<Result<(), Failure>> {
     Ok(match what {
         ["attach", device, tenant] => attach(broker, device, tenant).map(drop),
-        ["release", target] => broker.release(target, &ReleaseOptions::default()).map(drop),
+        ["release", target] => {
+            let has = |lease: &Lease| lease.mediated.values().any(|of| of.to_string() == *target);
+            let lease = broker.leases().into_iter().find(has).map(|lease| lease.id);
+            let target = lease.as_deref().unwrap_or(target);
+            broker.release(target, &ReleaseOptions::default()).map(drop)
+        }
         ["recover"] => Ok(()),
         _ => anyhow::bail!("{what:?} is nothing to try"),
     })

@@ -45,6 +45,12 @@ impl Guest {
         Self::with(object.into_iter().chain(addresses.into_iter().flat_map(device)))
     }
 
+    /// Starts a guest with a mediated device.
+    pub fn mediated(uuid: &str) -> Result<Self> {
+        let device = format!("vfio-pci,sysfsdev=/sys/bus/mdev/devices/{uuid}");
+        Self::with(["-device".to_owned(), device])
+    }
+
     /// Starts a guest with these arguments of QEMU's beside the usual ones.
     fn with(arguments: impl IntoIterator<Item = String>) -> Result<Self> {
         Self::launch(&[], arguments)

@@ -151,6 +151,7 @@ impl Kernel {
 
     /// Takes the driver away without asking.
     pub(super) fn drop_driver(&mut self, address: PciAddress) {
+        self.drop_parts(address);
         for (class, name, path) in self.members_of(address) {
             self.announce_member(Action::Remove, class, &path);
             self.members.remove(&(class, name));

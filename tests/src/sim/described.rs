@@ -16,6 +16,8 @@ pub const WORKSTATION: &str = include_str!("../../hosts/workstation.toml");
 pub const HGX8: &str = include_str!("../../hosts/hgx8.toml");
 /// Network cards with virtual functions, as many as one asks for.
 pub const SCALE: &str = include_str!("../../hosts/scale.toml");
+/// A serial port and virtual functions of a GPU that can be made into mediated devices.
+pub const MEDIATED: &str = include_str!("../../hosts/mediated.toml");
 
 /// A server with an Intel GPU that the xe driver shares out, and a network card that shares its
 /// interrupt vectors out.
@@ -52,6 +54,9 @@ pub struct Described {
     /// Processes that run.
     #[serde(default, rename = "process")]
     pub processes: Vec<Process>,
+    /// What can be made into mediated devices.
+    #[serde(default, rename = "mediated")]
+    pub parents: Vec<Parent>,
     /// Any other files, by their paths without a leading slash.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
@@ -290,6 +295,48 @@ pub struct Mount {
     pub at: String,
     /// File system.
     pub kind: String,
+}
+
+/// What can be made into mediated devices.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parent {
+    /// A function's address, or any name for what is none.
+    #[serde(rename = "parent")]
+    pub name: String,
+    /// For a function: the driver that can do it.
+    pub driver: Option<String>,
+    /// How much there is to give away.
+    pub room: u32,
+    /// Into what.
+    #[serde(rename = "type")]
+    pub types: Vec<PartType>,
+}
+
+/// A type of mediated devices.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartType {
+    /// Name of its directory.
+    pub id: String,
+    /// What its driver calls it.
+    pub name: String,
+    /// What a guest sees.
+    #[serde(default = "vfio_pci")]
+    pub api: String,
+    /// How much of the parent's room one takes.
+    pub takes: u32,
+}
+
+fn vfio_pci() -> String {
+    "vfio-pci".to_owned()
+}
+
+impl Parent {
+    /// The type of that name.
+    pub fn kind(&self, id: &str) -> Option<&PartType> {
+        self.types.iter().find(|kind| kind.id == id)
+    }
 }
 
 /// A process.

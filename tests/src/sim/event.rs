@@ -35,7 +35,7 @@ pub struct Uevent {
     pub action: Action,
     /// To what: a path below `/sys`.
     pub path: String,
-    /// What that is: `pci`, `vfio-dev`.
+    /// What that is: `pci`, `vfio-dev`, `mdev`.
     pub subsystem: &'static str,
 }
 

@@ -35,6 +35,11 @@ pub enum Operation {
     Access,
     /// A write to a file that gives a virtual function something.
     Setting,
+    /// A write to the `create` of a type of mediated devices. Of the function that is the parent,
+    /// or of none.
+    CreateMediated,
+    /// A write to the `remove` of a mediated device; likewise.
+    RemoveMediated,
     /// Loading a module. It is of no function.
     LoadModule,
 }

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
+use libvfio::address::PciAddress;
+
 use super::described::{Described, Driver, KernelOptions};
 
 /// An excerpt of the system's `pci.ids`: the devices of our described hosts.
@@ -57,6 +59,13 @@ impl Files {
         if kernel.cdev {
             files.directory("dev/vfio/devices");
             files.add("dev/iommu", String::new());
+        }
+        for parent in &host.parents {
+            files.directory("sys/class/mdev_bus");
+            files.directory("sys/bus/mdev/devices");
+            if parent.name.parse::<PciAddress>().is_err() {
+                files.directory(&format!("sys/devices/virtual/{0}/{0}", parent.name));
+            }
         }
         for (path, text) in &host.files {
             files.add(path, text.clone());

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use libvfio::address::PciAddress;
+use libvfio::mediated::Uuid;
 use nix::errno::Errno;
 
 use super::described::{Described, Driver, Function, moved};
 use super::event::{Action, Uevent};
 use super::fault::{Fault, Faults};
 use super::files::Files;
+use super::mediated::Part;
 use super::notation::IdPair;
 use super::open::Open;
 use super::resource::{Region, Space};
@@ -26,6 +28,8 @@ pub struct Kernel {
     /// Registered drivers, in that order.
     pub(super) drivers: Vec<Driver>,
     pub(super) groups: BTreeMap<u32, BTreeSet<PciAddress>>,
+    /// Mediated devices.
+    pub(super) parts: BTreeMap<Uuid, Part>,
     /// VFIO devices by number.
     pub(super) vfio: BTreeMap<u32, PciAddress>,
     /// Members of classes, by class and name, with their paths below `sys/devices`.
@@ -118,6 +122,7 @@ impl Kernel {
             described,
             devices: BTreeMap::new(),
             groups: BTreeMap::new(),
+            parts: BTreeMap::new(),
             vfio: BTreeMap::new(),
             members: BTreeMap::new(),
             open: Open::default(),

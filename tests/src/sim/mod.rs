@@ -12,6 +12,7 @@ mod fs;
 mod group;
 mod inodes;
 mod kernel;
+mod mediated;
 mod notation;
 mod open;
 mod proc;
@@ -38,8 +39,8 @@ use nix::unistd::{AccessFlags, access, geteuid};
 use tempfile::TempDir;
 
 pub use described::{
-    Copies, Described, Disk, Driver, Express, Function, HGX8, KernelOptions, Link, Mount, Msix,
-    Process, SCALE, Sriov, VGPU, Vgpu, VgpuType, WORKSTATION, XE, Xe,
+    Copies, Described, Disk, Driver, Express, Function, HGX8, KernelOptions, Link, MEDIATED, Mount,
+    Msix, Parent, PartType, Process, SCALE, Sriov, VGPU, Vgpu, VgpuType, WORKSTATION, XE, Xe,
 };
 pub use event::{Action, Uevent};
 pub use fault::{Effect, Fault, Operation};

@@ -39,6 +39,9 @@ impl Kernel {
 
     /// What a write amounts to, and on which function, if on one.
     fn operation(&self, path: &str, text: &str) -> Option<(Operation, Option<PciAddress>)> {
+        if let Some(operation) = self.mediated_operation(path) {
+            return Some(operation);
+        }
         if let Some((device, attribute)) = self.attribute_at(path) {
             let operation = match attribute {
                 "driver_override" => Operation::Override,
@@ -78,6 +81,9 @@ impl Kernel {
     }
 
     fn store(&mut self, path: &str, text: &str) -> Answer {
+        if let Some(answer) = self.store_mediated(path, text) {
+            return answer;
+        }
         if let Some((device, attribute)) = self.attribute_at(path) {
             return self.store_attribute(device, attribute, text);
         }

@@ -35,6 +35,9 @@ impl Kernel {
             let node = path.starts_with("dev/");
             return Some(if node { Entry::Node } else { Entry::File(0o444) });
         }
+        if let Some(entry) = self.mediated_entry(path) {
+            return Some(entry);
+        }
         if let Some((address, device, rest)) = self.device_at(path) {
             return self.entry_of(address, device, rest);
         }
@@ -94,11 +97,14 @@ impl Kernel {
 
     /// The names in a directory; `None` if there is no such directory.
     pub fn names(&self, path: &str) -> Option<Vec<String>> {
+        let mediated = self.mediated_names(path);
         if let Some((address, device, rest)) = self.device_at(path) {
-            return self.names_of(address, device, rest);
+            let names = self.names_of(address, device, rest).unwrap_or_default();
+            let names: Vec<String> = names.into_iter().chain(mediated).collect();
+            return (!names.is_empty()).then_some(names);
         }
         let mut names: Vec<String> =
-            self.files.names(path).into_iter().flatten().cloned().collect();
+            self.files.names(path).into_iter().flatten().cloned().chain(mediated).collect();
         let parts: Vec<&str> = path.split('/').collect();
         let all = |addresses: &mut dyn Iterator<Item = &PciAddress>| {
             addresses.map(ToString::to_string).collect::<Vec<_>>()
@@ -171,6 +177,9 @@ impl Kernel {
 
     fn shown(&self, path: &str) -> Option<Vec<u8>> {
         if let Some(text) = self.files.text(path) {
+            return Some(text.into());
+        }
+        if let Some(text) = self.mediated_text(path) {
             return Some(text.into());
         }
         if let Some((address, device, rest)) = self.device_at(path) {
@@ -319,7 +328,11 @@ impl Kernel {
                 self.host.kernel.cdev && number.is_some_and(|n: u32| self.vfio.contains_key(&n))
             }
             [number] => {
-                let members = number.parse().ok().and_then(|number: u32| self.groups.get(&number));
+                let Ok(number) = number.parse() else { return false };
+                let members = self.groups.get(&number);
+                if self.is_part(number) {
+                    return true;
+                }
                 let mut members = members.into_iter().flatten();
                 members.any(|a| self.devices.get(a).is_some_and(|d| d.vfio.is_some()))
             }

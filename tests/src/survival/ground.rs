@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use libvfio::address::PciAddress;
+use libvfio::mediated;
 use libvfio::pci::Binding;
 use tempfile::TempDir;
 use vfiod::lease::{Lease, State};
@@ -136,6 +137,7 @@ impl Ground {
     pub fn check(&self, gone: &[PciAddress]) -> Result<Vec<Lease>> {
         let (leases, now) = (self.others()?, self.bindings()?);
         let mut holders: BTreeMap<PciAddress, &Lease> = BTreeMap::new();
+        let mut made = mediated::devices(&self.sim.host())?;
         for lease in &leases {
             match lease.state {
                 State::Active => {}
@@ -145,7 +147,11 @@ impl Ground {
             for device in lease.devices.keys() {
                 ensure!(holders.insert(*device, lease).is_none(), "{device} is leased twice");
             }
+            for uuid in lease.mediated.keys() {
+                ensure!(made.remove(uuid).is_some(), "mediated device {uuid} was never made");
+            }
         }
+        ensure!(made.is_empty(), "mediated devices are left: {made:?}");
         for (device, before) in &self.before {
             match (now.get(device), holders.get(device)) {
                 (None, _) => ensure!(gone.contains(device), "{device} has gone"),

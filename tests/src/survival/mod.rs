@@ -15,6 +15,8 @@ pub const GPU: [&str; 2] = ["0000:01:00.0", "0000:01:00.1"];
 pub const VF: &str = "0000:07:10.0";
 /// Another one, with a group of its own.
 pub const OTHER_VF: &str = "0000:07:10.2";
+/// A kind of mediated devices.
+pub const SERIAL: &str = "mtty/mtty-2";
 /// The root disk.
 pub const DISK: &str = "0000:02:00.0";
 /// A function that another tenant has while all this happens.

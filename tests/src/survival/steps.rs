@@ -15,8 +15,8 @@ pub struct Place {
     pub step: Step,
     /// The operation.
     pub on: Operation,
-    /// The function it is on, or that is to suffer for it.
-    pub device: PciAddress,
+    /// The function it is on, or that is to suffer for it, if there is one.
+    pub device: Option<PciAddress>,
     /// At which time, counted from 1.
     pub nth: u32,
 }
@@ -24,7 +24,7 @@ pub struct Place {
 impl Place {
     /// Something that goes wrong there.
     pub fn fault(&self, effect: Effect) -> Fault {
-        Fault { on: self.on, device: Some(self.device), nth: self.nth, effect }
+        Fault { on: self.on, device: self.device, nth: self.nth, effect }
     }
 }
 
@@ -35,9 +35,12 @@ impl fmt::Display for Place {
 }
 
 /// The places of steps that are carried out in this order. Those of no function are the concern of
-/// `first`, the lowest of the lease.
-pub fn places<'a>(steps: impl IntoIterator<Item = &'a Step>, first: PciAddress) -> Vec<Place> {
-    let mut times: BTreeMap<(&str, PciAddress), u32> = BTreeMap::new();
+/// `first`, the lowest of the lease, if it has any.
+pub fn places<'a>(
+    steps: impl IntoIterator<Item = &'a Step>,
+    first: Option<PciAddress>,
+) -> Vec<Place> {
+    let mut times: BTreeMap<(&str, Option<PciAddress>), u32> = BTreeMap::new();
     let place = |step: &Step| {
         let on = match step {
             Step::LoadModule { .. } => Operation::LoadModule,
@@ -50,11 +53,13 @@ pub fn places<'a>(steps: impl IntoIterator<Item = &'a Step>, first: PciAddress) 
             Step::SetVirtualFunctions { .. } => Operation::NumVfs,
             Step::Shape { .. } => Operation::Setting,
             Step::NodeAccess { .. } => Operation::Access,
+            Step::CreateMediated { .. } => Operation::CreateMediated,
+            Step::RemoveMediated { .. } => Operation::RemoveMediated,
             // Described hosts have no process whose limits count.
             Step::LockMemory { .. } => return None,
             Step::CheckViable { .. } => Operation::Open,
         };
-        let device = step.device().unwrap_or(first);
+        let device = step.device().or(first);
         let nth = times.entry((step.name(), device)).or_default();
         *nth += 1;
         Some(Place { step: step.clone(), on, device, nth: *nth })

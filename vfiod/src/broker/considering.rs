@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::PoisonError;
 
 use libvfio::address::PciAddress;
+use libvfio::mediated::TypeName;
 use libvfio::plan::Request;
 
 use super::Broker;
@@ -19,6 +20,8 @@ impl Broker {
     /// Waits until nobody else is considered for any function of the request's groups.
     pub(super) fn consider(&self, request: &Request) -> Considering<'_> {
         let mut functions: BTreeSet<PciAddress> = request.devices.iter().copied().collect();
+        // What becomes of a parent and of its parts is decided together.
+        functions.extend(request.mediated.values().filter_map(TypeName::function));
         let inventory = self.inventory();
         let groups = request.devices.iter().filter_map(|device| inventory.group_of(*device));
         functions.extend(groups.flat_map(|group| &group.members));

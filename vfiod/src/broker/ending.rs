@@ -42,8 +42,10 @@ impl Broker {
             self.leases_where(|lease| lease.id == target || lease.vm.as_deref() == Some(target));
         if ids.is_empty() {
             let address = self.resolve(target).ok().or_else(|| target.parse().ok());
+            let uuid = target.parse().ok();
             ids = self.leases_where(|lease| {
                 address.is_some_and(|address| lease.devices.contains_key(&address))
+                    || uuid.is_some_and(|uuid| lease.mediated.contains_key(&uuid))
             });
         }
         // One that cannot end yet is no reason to keep the others.
@@ -148,6 +150,7 @@ impl Broker {
             lease = lease.id,
             tenant = lease.tenant,
             devices = ?lease.devices.keys(),
+            mediated = ?lease.mediated.keys(),
             "released: {}",
             done(&lease.backward)
         );
@@ -194,9 +197,13 @@ impl Broker {
             .filter_map(|address| inventory.get(*address))
             .filter(|f| f.on_vfio())
             .collect();
-        let groups: BTreeSet<u32> = functions.iter().filter_map(|f| f.iommu_group).collect();
+        let mediated = self.mediated_of(lease);
+        let groups = functions.iter().map(|f| f.iommu_group);
+        let groups: BTreeSet<u32> =
+            groups.chain(mediated.iter().map(|m| m.iommu_group)).flatten().collect();
+        let devices = functions.iter().map(|f| f.vfio_device.as_deref());
         let devices: Vec<&str> =
-            functions.iter().filter_map(|f| f.vfio_device.as_deref()).collect();
+            devices.chain(mediated.iter().map(|m| m.vfio_device.as_deref())).flatten().collect();
         groups.into_iter().find_map(|group| self.group_held(walk, lease, group, &devices))
     }
 

@@ -1,7 +1,10 @@
 //! Leases whose newest record is lost. Pure: from the record before it and the kernel as it is to
 //! the lease that the lost record must have been about.
 
+use std::collections::BTreeMap;
+
 use libvfio::inventory::Inventory;
+use libvfio::mediated::{Device, Uuid};
 use libvfio::pci::{Function, Identity};
 use libvfio::step::{Outcome, Step};
 
@@ -10,10 +13,16 @@ use crate::lease::{Lease, Recorded, State};
 /// Brings a lease up to date by the kernel. Between two writes there is one step, so one that may
 /// have been recorded as done and the one after it that may have begun. When in doubt a lease
 /// stays, for a guest may be using its devices.
-pub(super) fn caught_up(mut lease: Lease, inventory: &Inventory) -> Lease {
+pub(super) fn caught_up(
+    mut lease: Lease,
+    inventory: &Inventory,
+    mediated: &BTreeMap<Uuid, Device>,
+) -> Lease {
     let function = |address| inventory.get(address).map(AsRef::as_ref);
     let ready = |f: &Function| f.on_vfio() && Identity::of(f) == lease.devices[&f.address].identity;
-    let all_ready = lease.devices.keys().all(|address| function(*address).is_some_and(ready));
+    let all_made = lease.mediated.keys().all(|uuid| mediated.contains_key(uuid));
+    let all_ready =
+        all_made && lease.devices.keys().all(|address| function(*address).is_some_and(ready));
     let unknown: Vec<usize> =
         (0..lease.forward.len()).filter(|at| lease.forward[*at].outcome.is_none()).collect();
     match (lease.state, unknown.as_slice()) {

@@ -129,6 +129,7 @@ impl Broker {
             tenant = lease.tenant,
             vm = lease.vm,
             devices = ?lease.devices.keys(),
+            mediated = ?lease.mediated.keys(),
             "attached: {}",
             done(&lease.forward)
         );
@@ -255,6 +256,7 @@ pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         task: None,
         interface: None,
         devices: plan.devices.iter().filter_map(found).collect(),
+        mediated: plan.mediated.clone(),
         forward: Recorded::todo(plan.steps.iter().cloned()),
         backward: Vec::new(),
     })

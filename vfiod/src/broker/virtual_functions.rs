@@ -11,13 +11,12 @@ use libvfio::client::{Failure, PlanRecord};
 use libvfio::error::ErrorKind;
 use libvfio::inventory::Inventory;
 use libvfio::pci::{self, Sriov};
-use libvfio::plan::{self, Circumstances, Plan, Reason, Refusal};
-use libvfio::protection::Use;
+use libvfio::plan::{self, Circumstances, Plan, Reason, Refusal, Request};
 use libvfio::step::Step;
 use tracing::{info, warn};
 
 use super::leasing::{Late, done, new_lease};
-use super::{Broker, Data, Reply, circumstances};
+use super::{Around, Broker, Data, Reply, circumstances};
 use crate::history::Event;
 use crate::lease::Lease;
 use crate::transition::Walk;
@@ -69,14 +68,16 @@ impl Broker {
     }
 
     /// Looks at a physical function and its virtual ones, and at what the host does with these.
-    fn uses_of_virtual(&self, device: PciAddress) -> Result<Vec<Use>, Failure> {
+    fn uses_of_virtual(&self, device: PciAddress) -> Result<Around, Failure> {
         let virtuals = virtual_functions(&self.inventory(), device);
         self.refresh(virtuals.iter().copied().chain([device]));
         let inventory = self.inventory();
         let on_host_driver = |address: &PciAddress| {
             inventory.get(*address).is_some_and(|f| f.driver.is_some() && !f.on_vfio())
         };
-        Ok(self.uses(&virtuals.into_iter().filter(on_host_driver).collect())?)
+        let uses = self.uses(&virtuals.into_iter().filter(on_host_driver).collect())?;
+        let parts = self.look_at_mediated(&Request::default())?;
+        Ok(Around { uses, parts, ..Around::default() })
     }
 
     /// Walks a change to its end, or all the way back.
@@ -210,10 +211,10 @@ fn planned(
     data: &Data,
     device: PciAddress,
     count: u16,
-    uses: Vec<Use>,
+    found: Around,
     maker: Maker,
 ) -> Result<Plan, Refusal> {
     let makers = [(device, maker)].into_iter().collect();
-    let circumstances = Circumstances { makers, ..circumstances(data, uses) };
+    let circumstances = Circumstances { makers, ..circumstances(data, found) };
     plan::virtual_functions(&data.inventory, &circumstances, device, count)
 }

@@ -35,6 +35,10 @@ impl Broken {
 impl Broker {
     /// Why an active lease no longer is what it says, if so.
     fn broken(&self, lease: &Lease) -> Option<Broken> {
+        if let Some(uuid) = self.lost_mediated(lease) {
+            let reason = format!("mediated device {uuid} was removed by somebody else");
+            return Some(Broken::lost(reason));
+        }
         let inventory = self.inventory();
         lease.devices.iter().find_map(|(address, found)| {
             let Some(f) = inventory.get(*address) else {
@@ -115,6 +119,9 @@ impl Broker {
         let now = self.host().sys("bus/pci/devices").list().unwrap_or_default();
         let now = now.iter().filter_map(|name| name.parse().ok());
         self.notice(known.functions().map(|f| f.address).chain(now).collect::<BTreeSet<_>>());
+        self.notice_mediated(
+            &self.leases().into_iter().flat_map(|l| l.mediated).map(|m| m.0).collect(),
+        );
     }
 
     /// Looks at the overrides of leased devices, of whose changes the kernel does not report.

@@ -106,6 +106,11 @@ impl LeaseObject {
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
+    fn mediated(&self) -> Vec<String> {
+        self.record().mediated
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
     fn owner(&self) -> u32 {
         self.record().owner
     }

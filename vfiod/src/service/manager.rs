@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use libvfio::client::{
-    DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord, PlanRecord,
-    QuarantineRecord, SettingRecord, device_path, lease_path,
+    DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord, MediatedRecord,
+    PlanRecord, QuarantineRecord, SettingRecord, device_path, lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -135,6 +135,14 @@ impl ManagerObject {
     #[zbus(out_args("groups"))]
     fn list_groups(&self) -> Vec<GroupRecord> {
         self.caller.broker.list_groups()
+    }
+
+    #[zbus(out_args("mediated"))]
+    async fn list_mediated(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<MediatedRecord, Failure> {
+        self.caller.ask(&header, |broker| broker.list_mediated()).await
     }
 
     #[zbus(out_args("leases"))]

@@ -13,7 +13,7 @@ use libvfio::step::Step;
 ///
 /// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
 /// `drivers/pci/iov.c`), and a card may have hundreds.
-const DEFAULTS: [(&str, u64); 12] = [
+const DEFAULTS: [(&str, u64); 14] = [
     ("load-module", 60),
     ("unbind-lock", 10),
     ("unbind", 70),
@@ -25,6 +25,8 @@ const DEFAULTS: [(&str, u64); 12] = [
     ("shape", 20),
     ("node-access", 10),
     ("lock-memory", 10),
+    ("create-mediated", 70),
+    ("remove-mediated", 70),
     ("check-viable", 70),
 ];
 

@@ -9,6 +9,7 @@ mod device_nodes;
 mod dma;
 mod libvirt;
 mod life;
+mod mediated;
 mod refusals;
 mod run;
 mod selftest;
@@ -99,6 +100,8 @@ const SCENARIOS: &[Scenario] = &[
         device_nodes::run,
     )
     .on_own_kernel(),
+    scenario("mediated", "a part of a device, made for a lease and gone with it", mediated::run)
+        .on_own_kernel(),
     scenario("demo", "the product at work, told as a story", demo::run),
     scenario("bench", "what it costs beside the kernel and its peers", bench::run)
         .on(Purpose::Benchmarks),

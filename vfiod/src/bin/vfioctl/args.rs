@@ -159,6 +159,17 @@ pub(crate) enum Command {
         #[command(subcommand)]
         action: PolicyAction,
     },
+    /// Mediated devices: which there can be, and which there are
+    ///
+    /// Attaching PARENT/TYPE makes one for the time of the lease.
+    #[command(after_help = "Examples:
+  vfioctl mdev list
+  vfioctl mdev show mtty/mtty-2
+  vfioctl attach mtty/mtty-2 --tenant alice")]
+    Mdev {
+        #[command(subcommand)]
+        action: MdevAction,
+    },
     /// Follow changes of leases and devices, a line each, until interrupted
     Monitor,
     /// Print the completion script of a shell
@@ -196,7 +207,8 @@ pub(crate) struct ListArgs {
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools)] // Flags of a command line.
 pub(crate) struct AttachArgs {
-    /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along
+    /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along.
+    /// PARENT/TYPE makes a mediated device
     #[arg(value_name = "DEV", required_unless_present = "vf_of")]
     pub(crate) devices: Vec<String>,
     /// Choose free virtual functions of this physical one, the lowest indices first
@@ -369,6 +381,18 @@ pub(crate) struct PolicyFiles {
     /// Look at the host described in this directory instead of the running one
     #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
     pub(crate) root: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MdevAction {
+    /// List the types of mediated devices that can be made, and the devices that were
+    List,
+    /// Show a type with its devices, or one device
+    Show {
+        /// A type (mtty/mtty-2), or the UUID of a device
+        #[arg(value_name = "PARENT/TYPE|UUID")]
+        name: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -42,9 +42,14 @@ async fn attach(
         let value = reply.json_of(|lease: &LeaseRecord| lease.id == id)?;
         print_json(&value.into_iter().next().unwrap_or_default())?;
     } else {
-        print(&format!("attached {} to {tenant}: lease {id}\n", lease.devices.join(", ")))?;
+        print(&format!("attached {} to {tenant}: lease {id}\n", held(&lease).join(", ")))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a lease holds: functions by address, mediated devices by UUID.
+pub(crate) fn held(lease: &LeaseRecord) -> Vec<&str> {
+    lease.devices.iter().chain(&lease.mediated).map(String::as_str).collect()
 }
 
 /// Exits as attaching would.
@@ -118,9 +123,7 @@ fn waiting_for(leases: &[LeaseRecord]) -> String {
     let under_way: Vec<String> = leases
         .iter()
         .filter(|lease| matches!(lease.state.as_str(), "preparing" | "releasing"))
-        .map(|lease| {
-            format!("lease {} ({}) is {}", lease.id, lease.devices.join(", "), lease.state)
-        })
+        .map(|lease| format!("lease {} ({}) is {}", lease.id, held(lease).join(", "), lease.state))
         .collect();
     match under_way.as_slice() {
         [] => "waiting for vfiod, or for the authorization it asked for...".into(),

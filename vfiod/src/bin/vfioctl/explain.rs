@@ -30,7 +30,8 @@ impl fmt::Display for Story<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { asked, can, plan } = self;
         if plan.possible {
-            let devices = plan.devices.join(", ");
+            let devices = plan.devices.iter().chain(&plan.mediated).cloned().collect::<Vec<_>>();
+            let devices = devices.join(", ");
             writeln!(f, "{GOOD}{asked} can {can}{GOOD:#}: {devices}")?;
         } else {
             writeln!(f, "{BAD}{asked} cannot {can}{BAD:#}")?;

@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anstyle::Style;
 use libvfio::client::LeaseRecord;
 
+use crate::attach::held;
 use crate::bus::Bus;
 use crate::output::{Output, print_json};
 use crate::table::{BAD, Cell, GOOD, LEASED, PLAIN, Table, WARN};
@@ -29,7 +30,7 @@ fn table(leases: &[LeaseRecord], now: u64) -> Table {
             Cell::new(&lease.state, style(&lease.state)),
             tenant(lease),
             age(now.saturating_sub(lease.created)).into(),
-            lease.devices.join(" ").into(),
+            held(lease).join(" ").into(),
             Cell::maybe(lease.interface.as_deref(), PLAIN),
             Cell::maybe(lease.vm.as_deref(), PLAIN),
             Cell::maybe(lease.reason.as_deref(), PLAIN),

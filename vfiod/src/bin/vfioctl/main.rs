@@ -14,6 +14,7 @@ mod json;
 mod launch;
 mod leases;
 mod list;
+mod mdev;
 mod monitor;
 mod output;
 mod policy;

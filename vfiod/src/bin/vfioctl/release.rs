@@ -8,7 +8,7 @@ use libvfio::client::{LeaseRecord, Options, device_path};
 use serde_json::Value;
 
 use crate::args::ReleaseArgs;
-use crate::attach::patiently;
+use crate::attach::{held, patiently};
 use crate::bus::Bus;
 use crate::output::{Output, print, print_json};
 use crate::table::BOLD;
@@ -90,6 +90,7 @@ pub(crate) fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> 
     let path = |address: &String| Some(device_path(address.parse().ok()?));
     lease.id == target
         || lease.vm.as_deref() == Some(target)
+        || lease.mediated.iter().any(|uuid| uuid.eq_ignore_ascii_case(target))
         || device.is_some() && lease.devices.iter().any(|has| path(has).as_deref() == device)
 }
 
@@ -101,8 +102,8 @@ struct WayBack<'a> {
 
 impl fmt::Display for WayBack<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let LeaseRecord { id, tenant, devices, state, steps, .. } = self.lease;
-        let devices = devices.join(", ");
+        let LeaseRecord { id, tenant, state, steps, .. } = self.lease;
+        let devices = held(self.lease).join(", ");
         writeln!(f, "{BOLD}lease {id}{BOLD:#} of {tenant} ({state}) would end: {devices}")?;
         if state == "failed" {
             return writeln!(f, "  it holds nothing any more; its record would be dismissed");

@@ -13,7 +13,7 @@ use crate::launch::{self, Launch};
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
-    attach, check, explain, generate, groups, history, holders, hook, leases, list, monitor,
+    attach, check, explain, generate, groups, history, holders, hook, leases, list, mdev, monitor,
     policy, quarantine, release, show, tree, vf,
 };
 
@@ -94,6 +94,7 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         }
         Command::Vf { action } => return vf::run(&bus().await?, &action, &out).await,
         Command::Policy { action } => return policy::run(&action, &out),
+        Command::Mdev { action } => mdev::run(&bus().await?, &action, &out).await?,
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Args(args) => launch::args(&bus().await?, &args, &out).await?,
