@@ -2,10 +2,12 @@
 //! Pure: reads nothing, changes nothing.
 
 mod mediated;
+mod policy;
 mod reasons;
 mod shaping;
 mod virtual_functions;
 
+pub use policy::{Kind, Lead, Standing, Unit, Wish, policy, policy_leads, policy_unit};
 pub use virtual_functions::virtual_functions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -75,6 +77,23 @@ pub struct Circumstances {
     pub mediated: BTreeMap<Uuid, Device>,
     /// What can be made into mediated devices, with the types of those that were asked for.
     pub parents: BTreeMap<String, Types>,
+    /// What the policy says of functions that it has in a pool.
+    pub rules: BTreeMap<PciAddress, Rule>,
+    /// Whether functions may lose power when idle, of those the policy says it of.
+    pub d3cold: BTreeMap<PciAddress, bool>,
+}
+
+/// What the policy says of leasing a function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// The pool it is in.
+    pub pool: String,
+    /// Why it stays with the host, if it does.
+    pub kept: Option<String>,
+    /// Whether it is on VFIO by the policy's doing.
+    pub on_vfio: bool,
+    /// The weakest isolation that will do.
+    pub isolation: Isolation,
 }
 
 impl Circumstances {
@@ -174,6 +193,19 @@ pub fn attach(
     request: &Request,
 ) -> Result<Plan, Refusal> {
     let members = members(inventory, request);
+    match Refusal::new(refuse(inventory, circumstances, request, &members)) {
+        Some(refusal) => Err(refusal),
+        None => Ok(way(inventory, circumstances, request, &members)),
+    }
+}
+
+/// Every reason there is against it.
+fn refuse(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    request: &Request,
+    members: &Members<'_>,
+) -> Vec<Reason> {
     let mut found = mediated::refuse(inventory, circumstances, request);
     for function in &members.taken {
         found.extend(reasons::refuse_function(inventory, circumstances, request, function));
@@ -183,11 +215,18 @@ pub fn attach(
     for sibling in &members.left {
         found.extend(reasons::refuse_sibling(inventory, circumstances, request, sibling));
     }
-    if let Some(refusal) = Refusal::new(found) {
-        return Err(refusal);
-    }
+    found
+}
+
+/// How it would be done.
+fn way(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    request: &Request,
+    members: &Members<'_>,
+) -> Plan {
     let shaped = |function: &Function| shaping::steps(circumstances, request, function);
-    let mut plan = steps(inventory, &members, request.shape.keeps_driver(), shaped);
+    let mut plan = steps(inventory, members, request.shape.keeps_driver(), shaped);
     // Root may open them as they are.
     if let Some(user) = request.node_access.filter(|user| *user != 0) {
         let access =
@@ -200,7 +239,7 @@ pub fn attach(
     for function in &members.taken {
         plan.warnings.extend(reasons::warnings(circumstances, function));
     }
-    Ok(plan)
+    plan
 }
 
 /// What brings a driver that this kernel was built or packaged without.

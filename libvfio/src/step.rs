@@ -124,11 +124,42 @@ pub enum Step {
         /// What it is called.
         uuid: Uuid,
     },
+    /// Change a setting that the PCI core has for the function.
+    Tune {
+        /// The function.
+        device: PciAddress,
+        /// Which.
+        setting: Tunable,
+        /// What it is.
+        from: String,
+        /// What it shall be.
+        to: String,
+    },
     /// Ask VFIO whether the whole group may be given to a guest. Changes nothing.
     CheckViable {
         /// The group's number.
         group: u32,
     },
+}
+
+/// A setting of the PCI core (`Documentation/ABI/testing/sysfs-bus-pci`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tunable {
+    /// Reset methods to use, in this order.
+    ResetMethod,
+    /// Whether it may lose power when idle: `1` or `0`.
+    D3cold,
+}
+
+impl Tunable {
+    /// The attribute in the function's directory.
+    pub fn attribute(self) -> &'static str {
+        match self {
+            Self::ResetMethod => "reset_method",
+            Self::D3cold => "d3cold_allowed",
+        }
+    }
 }
 
 /// What executing a step did.
@@ -232,6 +263,7 @@ impl StepError {
                 Step::Shape { .. } | Step::NodeAccess { .. },
                 Cause::Kernel { errno: Errno::EOPNOTSUPP },
             )
+            | (Step::Tune { .. }, Cause::Kernel { errno: Errno::EINVAL })
             | (Step::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => ErrorKind::Unsupported,
             (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY })
             | (
@@ -296,6 +328,9 @@ impl fmt::Display for Step {
             Self::RemoveMediated { of, uuid } => {
                 write!(f, "remove mediated device {uuid} of {of}")
             }
+            Self::Tune { device, setting, from, to } => {
+                write!(f, "set {} of {device} to '{to}' (was '{from}')", setting.attribute())
+            }
             Self::CheckViable { group } => write!(f, "check that VFIO finds group {group} viable"),
         }
     }
@@ -307,7 +342,7 @@ fn or_none(name: Option<&String>) -> &str {
 
 impl Step {
     /// The words of all kinds of steps.
-    pub const KINDS: [&str; 14] = [
+    pub const KINDS: [&str; 15] = [
         "load-module",
         "unbind-lock",
         "unbind",
@@ -321,6 +356,7 @@ impl Step {
         "lock-memory",
         "create-mediated",
         "remove-mediated",
+        "tune",
         "check-viable",
     ];
 
@@ -340,6 +376,7 @@ impl Step {
             Self::LockMemory { .. } => "lock-memory",
             Self::CreateMediated { .. } => "create-mediated",
             Self::RemoveMediated { .. } => "remove-mediated",
+            Self::Tune { .. } => "tune",
             Self::CheckViable { .. } => "check-viable",
         }
     }
@@ -355,6 +392,7 @@ impl Step {
             | Self::SetVirtualFunctions { device, .. }
             | Self::Shape { device, .. }
             | Self::NodeAccess { device, .. }
+            | Self::Tune { device, .. }
             | Self::Reset { device } => Some(*device),
             Self::LoadModule { .. }
             | Self::LockMemory { .. }
@@ -421,6 +459,12 @@ impl Step {
             Self::RemoveMediated { of, uuid } => {
                 Some(Self::CreateMediated { of: of.clone(), uuid: *uuid })
             }
+            Self::Tune { device, setting, from, to } => Some(Self::Tune {
+                device: *device,
+                setting: *setting,
+                from: to.clone(),
+                to: from.clone(),
+            }),
             Self::LoadModule { .. }
             | Self::UnbindLock { .. }
             | Self::Reset { .. }
@@ -497,6 +541,9 @@ impl Step {
                     "{what}: see what {} may be with 'vfioctl vf show {device}'",
                     setting.label()
                 )
+            }
+            (Self::Tune { setting: Tunable::ResetMethod, .. }, _) => {
+                "name reset methods that it has ('vfioctl show')".to_owned()
             }
             (Self::Reset { .. }, _) => {
                 "the device may need its power cycled; do not give it to another tenant".to_owned()

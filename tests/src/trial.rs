@@ -24,7 +24,7 @@ pub struct Setting {
     pub program: PathBuf,
     /// The host's root.
     pub root: PathBuf,
-    /// Where records are kept: leases in `leases`, the rest in `state`.
+    /// Where records are kept: leases in `leases`, the rest in `state`, and the policy in `policy`.
     pub records: PathBuf,
     /// Deadlines of steps, as the daemon takes them.
     pub deadlines: Vec<String>,
@@ -60,6 +60,8 @@ impl Setting {
             deadlines: Deadlines::with(deadlines.map_err(anyhow::Error::msg)?),
         };
         let stores = Stores::open(&self.records.join("leases"), &self.records.join("state"))?;
+        let (policy, rules) = (self.records.join("policy"), self.records.join("rules"));
+        let stores = stores.with_policy(Some(policy), Some(rules));
         let (tell, changes) = unbounded_channel();
         let broker = Arc::new(Broker::open(means, stores, tell)?);
         broker.recover();

@@ -23,6 +23,8 @@ pub enum Action {
     Quarantine,
     /// Change how many virtual functions there are.
     VirtualFunctions,
+    /// Read the policy anew, or do what it says.
+    Policy,
     /// Take what the host cannot live without.
     OverrideProtection,
     /// Open devices that somebody else has leased.
@@ -39,6 +41,7 @@ impl Action {
             Self::Release => "org.vfiod1.release",
             Self::Quarantine => "org.vfiod1.quarantine",
             Self::VirtualFunctions => "org.vfiod1.virtual-functions",
+            Self::Policy => "org.vfiod1.policy",
             Self::OverrideProtection => "org.vfiod1.override-protection",
             Self::Open => "org.vfiod1.open",
             Self::LockMemory => "org.vfiod1.lock-memory",

@@ -3,6 +3,7 @@
 //! they block: the service calls them from threads that may. Steps are walked on threads of their
 //! own, one for each lease that moves, so that nobody waits for another's device.
 
+mod applying;
 mod considering;
 mod ending;
 mod holding;
@@ -10,6 +11,7 @@ mod lagging;
 mod leasing;
 mod mediated;
 mod opening;
+mod policy;
 mod quarantining;
 mod shaping;
 mod virtual_functions;
@@ -18,6 +20,7 @@ mod watching;
 pub use leasing::Asker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -33,8 +36,10 @@ use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection::Use;
 use tokio::sync::mpsc::UnboundedSender;
 
+use self::policy::InForce;
 use crate::history::History;
 use crate::lease::{Lease, State};
+use crate::met::Met;
 use crate::quarantine::{Distrusted, Quarantine};
 use crate::request::{AttachOptions, check_devices};
 use crate::stores::Stores;
@@ -59,6 +64,15 @@ pub enum Change {
         state: &'static str,
         /// Why, if that is known.
         reason: Option<String>,
+    },
+    /// A step of applying the policy was carried out, or failed.
+    PolicyStep {
+        /// The pool.
+        pool: String,
+        /// The device.
+        device: PciAddress,
+        /// The step, or why it failed.
+        text: String,
     },
     /// Groups came, went or changed their members.
     GroupsChanged,
@@ -107,6 +121,13 @@ pub struct Broker {
     data: Mutex<Data>,
     /// A lease has come to its end.
     ended: Condvar,
+    met: Met,
+    /// Where the policy is.
+    policy_in: Option<PathBuf>,
+    /// Where udev's rules go that it becomes.
+    rules_at: Option<PathBuf>,
+    /// Held by whoever applies the policy.
+    applying: Mutex<()>,
     /// Functions of the groups that somebody is being considered for.
     considered: Mutex<BTreeSet<PciAddress>>,
     /// One of those was decided on.
@@ -128,6 +149,7 @@ struct Data {
     autoprobe_off: BTreeSet<PciAddress>,
     /// How many are opening nodes of which leases.
     opening: BTreeMap<String, usize>,
+    in_force: InForce,
     /// Leases that something has happened to, until it is clear what.
     judged: BTreeSet<String>,
 }
@@ -166,7 +188,7 @@ impl Broker {
         stores: Stores,
         changes: UnboundedSender<Change>,
     ) -> anyhow::Result<Self> {
-        let Stores { ledger, mut quarantine, history } = stores;
+        let Stores { ledger, mut quarantine, history, met, policy, rules } = stores;
         let inventory = Arc::new(Inventory::scan(&means.host)?);
         let parts = libvfio::mediated::devices(&means.host)?;
         let found = ledger.load()?;
@@ -184,11 +206,16 @@ impl Broker {
             opening: BTreeMap::new(),
             judged: BTreeSet::new(),
             autoprobe_off: ledger.autoprobe_off(),
+            in_force: InForce::met(met.load()),
         };
         let broker = Self {
             walker: Walker { means, ledger },
             quarantine: Mutex::new(quarantine),
             history,
+            met,
+            policy_in: policy,
+            rules_at: rules,
+            applying: Mutex::default(),
             changes,
             data: Mutex::new(data),
             ended: Condvar::new(),
@@ -197,6 +224,7 @@ impl Broker {
             opened: Condvar::new(),
             looks: AtomicU64::new(1),
         };
+        broker.first_policy();
         broker.note_aside(&found.aside);
         broker.note_aside(&distrusted.aside);
         if distrusted.lost {
@@ -264,10 +292,12 @@ impl Broker {
         let data = self.data();
         let claims = claims_by_device(&data.leases);
         let mut quarantined = data.quarantined();
+        let mut pools = data.pools();
         let record = |f: &Arc<Function>| {
             let lease = claims.get(&f.address).copied();
             let quarantine = quarantined.remove(&f.address);
-            DeviceRecord { quarantine, ..device_record(&data.inventory, f, lease, brief) }
+            let pool = pools.remove(&f.address);
+            DeviceRecord { quarantine, ..device_record(&data.inventory, f, lease, pool, brief) }
         };
         data.inventory.functions().map(record).collect()
     }
@@ -276,7 +306,8 @@ impl Broker {
     pub fn device(&self, address: PciAddress) -> Option<DeviceRecord> {
         let data = self.data();
         let function = data.inventory.get(address)?;
-        let record = device_record(&data.inventory, function, data.holder(address), false);
+        let (holder, pool) = (data.holder(address), data.pools().remove(&address));
+        let record = device_record(&data.inventory, function, holder, pool, false);
         Some(DeviceRecord { quarantine: data.quarantine_of(address), ..record })
     }
 
@@ -390,7 +421,9 @@ impl Broker {
 }
 
 fn plan_within(data: &Data, request: &Request, found: Around) -> Result<Plan, Refusal> {
-    plan::attach(&data.inventory, &circumstances(data, found), request)
+    let rules = data.rules(&request.devices.iter().copied().collect());
+    let circumstances = Circumstances { rules, ..circumstances(data, found) };
+    plan::attach(&data.inventory, &circumstances, request)
 }
 
 fn circumstances(data: &Data, found: Around) -> Circumstances {
@@ -413,6 +446,7 @@ fn circumstances(data: &Data, found: Around) -> Circumstances {
         autoprobe_off: data.autoprobe_off.clone(),
         mediated: data.with_claimed(devices),
         parents,
+        rules: data.rules(&BTreeSet::new()),
         ..Circumstances::default()
     }
 }
@@ -426,6 +460,7 @@ fn device_record(
     inventory: &Inventory,
     function: &Function,
     lease: Option<&Lease>,
+    pool: Option<(String, bool)>,
     brief: bool,
 ) -> DeviceRecord {
     let record = if brief {
@@ -435,12 +470,14 @@ fn device_record(
     };
     // What the daemon does itself is no tenant's.
     let holder = lease;
+    let ours = pool.as_ref().is_some_and(|(_, on_vfio)| *on_vfio);
     let lease = lease.filter(|lease| lease.task.is_none());
     DeviceRecord {
         lease: lease.map(|l| l.id.clone()),
         tenant: lease.map(|l| l.tenant.clone()),
         lease_state: lease.map(|l| l.state.name().to_owned()),
-        external: (function.on_vfio() && holder.is_none()).then_some(true),
+        external: (function.on_vfio() && holder.is_none() && !ours).then_some(true),
+        pool: pool.map(|(name, _)| name),
         ..record
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -31,18 +31,27 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How often one looks at overrides, which change without a report.
 const LOOKING: Duration = Duration::from_secs(5);
 
+/// Where the policy is.
+const CONFIG: &str = "/etc/vfiod";
+/// What it becomes: before the rules that load modules (`80-drivers.rules`).
+const RULES: &str = "/etc/udev/rules.d/10-vfiod.rules";
+
 /// What is below the options in `--help` and in the manual page.
 const MORE: &str = "\
 Files:
   /run/vfiod/leases/ID.json       a lease, and in ID.old as it was one step before
   /var/lib/vfiod/quarantine.json  devices not trusted; the same in quarantine.json.copy
   /var/lib/vfiod/history.jsonl    what became of leases, and before that in history.jsonl.1
+  /var/lib/vfiod/policy-met.json  who was at the addresses that the policy names
+  /etc/vfiod/vfiod.toml           the policy, with vfiod.toml.d/*.toml beside it
+  /etc/udev/rules.d/10-vfiod.rules  what the policy becomes for the next boot
   *.unreadable                    what was found in place of a lease or of a quarantine
 
 Environment:
   VFIOD_LOG   what to log: error, warn, info (the default), debug, or tracing's filters
 
 Signals:
+  SIGHUP            read the policy anew; one that is wrong leaves the one in force
   SIGTERM, SIGINT   end; leases stay as they are, and so do their devices
 
 See also:
@@ -68,6 +77,14 @@ pub struct Args {
     /// Where what outlives the host's restart is kept: devices not trusted, and history
     #[arg(long, value_name = "DIR", default_value = "/var/lib/vfiod")]
     state: PathBuf,
+    /// Where the policy is: vfiod.toml and vfiod.toml.d [default: /etc/vfiod, none with --simulate
+    /// or --root]
+    #[arg(long, value_name = "DIR")]
+    config: Option<PathBuf>,
+    /// The file of udev rules that the policy becomes [default: /etc/udev/rules.d/10-vfiod.rules,
+    /// none with --simulate, --root or --config]
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
     /// The bus to serve on, as a D-Bus address, instead of the system bus
     #[arg(long, value_name = "ADDRESS")]
     bus: Option<String>,
@@ -89,6 +106,16 @@ enum Part {
         #[arg(long, value_name = "DIR")]
         root: PathBuf,
     },
+}
+
+impl Args {
+    /// Where the policy is, and where its rules go.
+    fn policy(&self) -> (Option<PathBuf>, Option<PathBuf>) {
+        let real = self.simulate.is_none() && self.root == Path::new("/");
+        let rules = (real && self.config.is_none()).then(|| PathBuf::from(RULES));
+        let config = real.then(|| PathBuf::from(CONFIG));
+        (self.config.clone().or(config), self.rules.clone().or(rules))
+    }
 }
 
 /// Runs the daemon until it is told to stop.
@@ -117,6 +144,8 @@ async fn run(args: &Args) -> anyhow::Result<()> {
     let place = |dir: &PathBuf| simulation.as_ref().map_or(dir.clone(), |s| s.state(dir));
     let stores = Stores::open(&place(&args.leases), &place(&args.state))
         .context("cannot open the records")?;
+    let (config, rules) = args.policy();
+    let stores = stores.with_policy(config, rules);
     let (tell, changes) = unbounded_channel();
     let (loose, legible) = std::sync::mpsc::channel();
     // Itself, also when its file has been replaced by another version.
@@ -149,7 +178,7 @@ async fn run(args: &Args) -> anyhow::Result<()> {
         warn!(%error, "no worker could be started; it is tried again with the first step");
     }
     tokio::select! {
-        ended = wait(&service) => ended,
+        ended = wait(&service, &broker) => ended,
         error = simulation::ended(simulation.as_mut()) => Err(error),
     }
 }
@@ -170,6 +199,7 @@ fn follow(
         loop {
             std::thread::sleep(LOOKING);
             looking.look_at_overrides();
+            looking.correct_drift();
             workers.rest();
         }
     });
@@ -207,14 +237,16 @@ fn look(broker: &Arc<Broker>, subjects: &BTreeSet<Subject>) {
 }
 
 /// Until the daemon is told to stop, or the bus has gone.
-async fn wait(service: &Service) -> anyhow::Result<()> {
+async fn wait(service: &Service, broker: &Arc<Broker>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let mut alive = tokio::time::interval(watchdog_period());
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            _ = hangup.recv() => reload(broker),
             () = service.closed() => anyhow::bail!("the bus has gone"),
             _ = alive.tick() => notify(&[sd_notify::NotifyState::Watchdog]),
         }
@@ -222,6 +254,12 @@ async fn wait(service: &Service) -> anyhow::Result<()> {
     info!("stopping; leases stay as they are");
     notify(&[sd_notify::NotifyState::Stopping]);
     Ok(())
+}
+
+/// Whatever is wrong is told in the journal and to whoever asks.
+fn reload(broker: &Arc<Broker>) {
+    let broker = broker.clone();
+    tokio::task::spawn_blocking(move || broker.reload_policy());
 }
 
 /// Half of what systemd allows, or idle if it does not watch.

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -33,6 +33,14 @@ pub(crate) fn directory(path: &Path) -> io::Result<()> {
 /// not even a power loss brings the old ones back.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let Draft { path: draft, on_disk } = draft(path, bytes)?;
+    fs::rename(draft, path)?;
+    if on_disk { sync_directory_of(path) } else { Ok(()) }
+}
+
+/// As [`replace`], for everyone to read.
+pub(crate) fn replace_for_all(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let Draft { path: draft, on_disk } = draft(path, bytes)?;
+    fs::set_permissions(&draft, fs::Permissions::from_mode(0o644))?;
     fs::rename(draft, path)?;
     if on_disk { sync_directory_of(path) } else { Ok(()) }
 }

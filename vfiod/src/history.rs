@@ -73,6 +73,8 @@ pub enum Event {
     Recovered,
     /// A physical function has another number of virtual functions.
     VirtualFunctions,
+    /// A device was brought to where the policy wants it.
+    Policy,
     /// A device is not trusted any more.
     Quarantined,
     /// A device is trusted again.
@@ -90,6 +92,7 @@ impl Event {
             Self::Failed => "failed",
             Self::Recovered => "recovered",
             Self::VirtualFunctions => "virtual-functions",
+            Self::Policy => "policy",
             Self::Quarantined => "quarantined",
             Self::Cleared => "cleared",
             Self::SetAside => "set-aside",

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use libvfio::address::PciAddress;
 use serde::{Deserialize, Serialize};
 
+use crate::boot::BootReport;
 use crate::crash;
 use crate::durable;
 pub use crate::durable::SetAside;
@@ -24,6 +25,8 @@ const NEWEST: &str = "json";
 const BEFORE: &str = "old";
 /// The file of physical functions whose autoprobe is off.
 const AUTOPROBE: &str = "autoprobe-off";
+/// The file of what applying the policy came to at boot.
+const BOOT: &str = "boot-report";
 /// Extension of the file that is locked while a lease moves.
 const LOCK: &str = "lock";
 
@@ -81,6 +84,17 @@ impl Ledger {
     /// Records which these are.
     pub fn write_autoprobe_off(&self, functions: &BTreeSet<PciAddress>) -> io::Result<()> {
         durable::replace(&self.dir.join(AUTOPROBE), &serde_json::to_vec(functions)?)
+    }
+
+    /// What applying the policy came to when the host booted, if it was applied then.
+    pub fn boot_report(&self) -> io::Result<Option<BootReport>> {
+        let bytes = durable::read(&self.dir.join(BOOT))?;
+        Ok(bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose()?)
+    }
+
+    /// Records what it came to.
+    pub fn write_boot_report(&self, report: &BootReport) -> io::Result<()> {
+        durable::replace(&self.dir.join(BOOT), &serde_json::to_vec(report)?)
     }
 
     /// The lock of a lease, once nobody has it: the workers of a daemon before this one hold it

@@ -2,11 +2,13 @@
 //!
 //! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] has steps carried out
 //! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`quarantine`] remembers
-//! devices not trusted, [`history`] what happened, [`owner`] waits for whom leases end with,
+//! devices not trusted, [`met`] devices in their places, [`history`] what happened, [`boot`] what
+//! became of the policy at boot, [`owner`] waits for whom leases end with,
 //! [`authority`] asks who may, [`uevent`] listens, [`libvirt`] reads domains, [`simulation`] offers a host
 //! without devices.
 
 pub mod authority;
+pub mod boot;
 pub mod broker;
 #[cfg(feature = "crash-points")]
 pub mod crash;
@@ -18,6 +20,7 @@ pub mod history;
 pub mod lease;
 pub mod ledger;
 pub mod libvirt;
+pub mod met;
 pub mod owner;
 pub mod quarantine;
 pub mod request;

@@ -54,6 +54,15 @@ pub struct ReleaseOptions {
     pub wait: bool,
 }
 
+/// Options of applying the policy.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ApplyOptions {
+    /// Devices that are others than were in their places before are meant.
+    pub accept: bool,
+    /// It is for the boot: what comes of it is kept.
+    pub boot: bool,
+}
+
 /// Options of listing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ListOptions {
@@ -210,6 +219,21 @@ impl ReleaseOptions {
                 "reset" => options.reset = flag(key, value)?,
                 "wait" => options.wait = flag(key, value)?,
                 _ => return Err(unknown(key, &["reset", "wait"])),
+            }
+        }
+        Ok(options)
+    }
+}
+
+impl ApplyOptions {
+    /// Reads them, refusing what it does not know.
+    pub fn read(raw: &RawOptions) -> Result<Self, Failure> {
+        let mut options = Self::default();
+        for (key, value) in raw {
+            match key.as_str() {
+                "accept" => options.accept = flag(key, value)?,
+                "boot" => options.boot = flag(key, value)?,
+                _ => return Err(unknown(key, &["accept", "boot"])),
             }
         }
         Ok(options)

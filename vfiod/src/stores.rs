@@ -1,11 +1,12 @@
 //! What the daemon keeps on disk, and where: leases for this boot, all else for good.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::durable;
 use crate::history::History;
 use crate::ledger::Ledger;
+use crate::met::Met;
 use crate::quarantine::Quarantine;
 
 /// Everything that is kept.
@@ -17,6 +18,12 @@ pub struct Stores {
     pub quarantine: Quarantine,
     /// What happened.
     pub history: History,
+    /// Devices that the policy has met by their place.
+    pub met: Met,
+    /// The directory of the policy; none, and there is none.
+    pub policy: Option<PathBuf>,
+    /// The file of udev's rules that the policy becomes, if it does.
+    pub rules: Option<PathBuf>,
 }
 
 impl Stores {
@@ -30,6 +37,15 @@ impl Stores {
             ledger: Ledger::open(leases).map_err(|error| within(leases, error))?,
             quarantine: Quarantine::open(state),
             history: History::open(state),
+            met: Met::open(state),
+            policy: None,
+            rules: None,
         })
+    }
+
+    /// With the policy in this directory, which becomes udev's rules in that file.
+    #[must_use]
+    pub fn with_policy(self, policy: Option<PathBuf>, rules: Option<PathBuf>) -> Self {
+        Self { policy, rules, ..self }
     }
 }

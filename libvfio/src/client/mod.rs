@@ -5,12 +5,14 @@
 mod failure;
 mod holding;
 mod mediated;
+mod policy;
 mod records;
 mod setting;
 
 pub use failure::Failure;
 pub use holding::{HolderRecord, HoldersRecord, UseRecord};
 pub use mediated::{MediatedDeviceRecord, MediatedRecord, MediatedTypeRecord};
+pub use policy::{DONE, FAILED, PolicyRecord, UnitRecord};
 pub use records::{
     BarRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
     ReasonRecord, StepRecord,
@@ -89,6 +91,20 @@ pub trait Manager {
     /// What became of leases and of devices not trusted, oldest first.
     fn list_history(&self, options: Options<'_>) -> Result<Vec<HistoryRecord>, Failure>;
 
+    /// Where the host stands with the policy, and what applying would do.
+    fn plan_policy(&self, options: Options<'_>) -> Result<PolicyRecord, Failure>;
+
+    /// Does what the policy says, as far as nothing is in the way.
+    #[zbus(allow_interactive_auth)]
+    fn apply_policy(&self, options: Options<'_>) -> Result<PolicyRecord, Failure>;
+
+    /// Reads the policy anew; one that is wrong leaves the one in force.
+    #[zbus(allow_interactive_auth)]
+    fn reload_policy(&self, options: Options<'_>) -> Result<PolicyRecord, Failure>;
+
+    /// What applying the policy came to when the host booted.
+    fn boot_report(&self, options: Options<'_>) -> Result<PolicyRecord, Failure>;
+
     /// All that is known of the device a name means.
     fn describe_device(&self, name: &str) -> Result<DeviceRecord, Failure>;
 
@@ -110,6 +126,10 @@ pub trait Manager {
     /// A device went away.
     #[zbus(signal)]
     fn device_removed(&self, address: &str);
+
+    /// A step of applying the policy was carried out, or failed.
+    #[zbus(signal)]
+    fn policy_step(&self, pool: &str, device: &str, text: &str);
 
     /// The daemon's version.
     #[zbus(property(emits_changed_signal = "const"))]

@@ -89,7 +89,9 @@ pub struct DeviceRecord {
     pub tenant: Option<String>,
     /// That lease's state.
     pub lease_state: Option<String>,
-    /// On a VFIO driver without a lease: somebody else's.
+    /// The pool of the policy that it is in.
+    pub pool: Option<String>,
+    /// On a VFIO driver without a lease or the policy: somebody else's.
     pub external: Option<bool>,
     /// Why it is not trusted, if so.
     pub quarantine: Option<String>,
@@ -239,7 +241,7 @@ pub struct QuarantineRecord {
 pub struct HistoryRecord {
     /// When, in seconds since 1970.
     pub time: u64,
-    /// `attached`, `released`, `failed`, `recovered`, `quarantined`, `cleared` or `set-aside`.
+    /// `attached`, `released`, `failed`, `recovered`, `policy`, `quarantined`, `cleared` or `set-aside`.
     pub event: String,
     /// The lease it happened to.
     pub lease: Option<String>,

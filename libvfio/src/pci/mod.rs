@@ -184,10 +184,7 @@ impl Function {
                 .filter(|n| n != "-1")
                 .and_then(|n| or_note.parse("numa_node", &n)),
             bars: parse_resource(&or_note.default(dir.attr("resource")).unwrap_or_default()),
-            reset_methods: or_note
-                .default(dir.attr("reset_method"))
-                .map(|m| m.split_whitespace().map(str::to_owned).collect())
-                .unwrap_or_default(),
+            reset_methods: Vec::new(),
             power_state: None,
             boot_vga: or_note.default(dir.attr("boot_vga")).as_deref() == Some("1"),
             sriov: Sriov::None,
@@ -232,6 +229,10 @@ impl Function {
         let vfio_devices = self.driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
         self.vfio_device = vfio_devices.and_then(|names| names.into_iter().next());
         self.iommu_group = dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n));
+        self.reset_methods = or_note
+            .default(dir.attr("reset_method"))
+            .map(|m| m.split_whitespace().map(str::to_owned).collect())
+            .unwrap_or_default();
         self.power_state = or_note.default(dir.attr("power_state"));
         self.sriov = match self.sriov {
             Sriov::None => Sriov::read(dir, &self.config, numvfs, &mut or_note),

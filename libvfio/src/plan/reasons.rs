@@ -1,7 +1,7 @@
 //! Why functions are not given away, and what should be known of those that are. Pure.
 
 use super::mediated::refuse_parted;
-use super::{Circumstances, Claim, Reason, Request, full_modules};
+use super::{Circumstances, Claim, Reason, Request, Rule, full_modules};
 use crate::address::PciAddress;
 use crate::error::ErrorKind;
 use crate::inventory::{DriverSource, Inventory};
@@ -84,7 +84,11 @@ pub(super) fn refuse_function(
             full_modules("CONFIG_VFIO_PCI"),
         ));
     }
-    if function.on_vfio() && !request.adopt {
+    let rule = circumstances.rules.get(&address);
+    if let Some(rule) = rule {
+        reasons.extend(refused_by_policy(inventory, function, rule));
+    }
+    if function.on_vfio() && !request.adopt && !rule.is_some_and(|rule| rule.on_vfio) {
         reasons.push(reason(
             ErrorKind::Busy,
             "external",
@@ -99,6 +103,33 @@ pub(super) fn refuse_function(
     }
     reasons.extend(refuse_parted(circumstances, address));
     reasons.extend(uses(circumstances, request, function));
+    reasons
+}
+
+/// Why the policy does not have a function leased.
+fn refused_by_policy(inventory: &Inventory, function: &Function, rule: &Rule) -> Vec<Reason> {
+    let pool = &rule.pool;
+    let reason = |kind, code, text, remedy: &str| Reason {
+        kind,
+        code,
+        object: function.address.to_string(),
+        text,
+        remedy: remedy.to_owned(),
+    };
+    let mut reasons = Vec::new();
+    if let Some(why) = &rule.kept {
+        let text = format!("{why} (pool '{pool}')");
+        let remedy = "choose another device, or change the policy";
+        reasons.push(reason(ErrorKind::NotAuthorized, "kept", text, remedy));
+    }
+    let isolation = inventory.isolation(function);
+    if isolation < rule.isolation && isolation != Isolation::None {
+        let wanted = rule.isolation;
+        let text = format!("has isolation '{isolation}', and pool '{pool}' demands '{wanted}'");
+        let remedy = "enable what is missing ('vfioctl check' says what), or have the pool demand \
+                      less";
+        reasons.push(reason(ErrorKind::NotViable, "isolation", text, remedy));
+    }
     reasons
 }
 

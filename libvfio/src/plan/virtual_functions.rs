@@ -21,8 +21,19 @@ pub fn virtual_functions(
     physical: PciAddress,
     count: u16,
 ) -> Result<Plan, Refusal> {
+    let (plan, reasons) = consider(inventory, circumstances, physical, count);
+    Refusal::new(reasons).map_or(Ok(plan), Err)
+}
+
+/// How it would be done, and every reason against it.
+pub(super) fn consider(
+    inventory: &Inventory,
+    circumstances: &Circumstances,
+    physical: PciAddress,
+    count: u16,
+) -> (Plan, Vec<Reason>) {
     let mut plan = Plan::default();
-    let Some(function) = inventory.get(physical) else { return Ok(plan) };
+    let Some(function) = inventory.get(physical) else { return (plan, Vec::new()) };
     let mut reasons = refuse_physical(circumstances, function, count);
     let (enabled, autoprobe) = match function.sriov {
         Sriov::Physical { enabled, autoprobe, .. } => (enabled, autoprobe),
@@ -36,11 +47,8 @@ pub fn virtual_functions(
     if enabled != count {
         reasons.extend(virtuals.iter().flat_map(|vf| refuse_virtual(circumstances, vf)));
     }
-    if let Some(refusal) = Refusal::new(reasons) {
-        return Err(refusal);
-    }
     if enabled == count {
-        return Ok(plan);
+        return (plan, reasons);
     }
     let members = virtuals.into_iter().chain([function.as_ref()]);
     plan.devices = members.map(|f| (f.address, f.binding())).collect();
@@ -49,7 +57,7 @@ pub fn virtual_functions(
         Maker::Kernel => steps(physical, (enabled, count), autoprobe, ours),
         by @ Maker::SriovManage => numbers(physical, (enabled, count), by),
     };
-    Ok(plan)
+    (plan, reasons)
 }
 
 /// Host drivers are kept from the functions for as long as there are any: each would be probed, now or
@@ -143,7 +151,8 @@ fn refuse_virtual(circumstances: &Circumstances, function: &Function) -> Vec<Rea
     }
     let mut reasons: Vec<Reason> = uses(circumstances, &Request::default(), function).collect();
     reasons.extend(refuse_parted(circumstances, address));
-    if function.on_vfio() {
+    let ours = circumstances.rules.get(&address).is_some_and(|rule| rule.on_vfio);
+    if function.on_vfio() && !ours {
         reasons.push(Reason {
             kind: ErrorKind::Busy,
             code: "external",

@@ -100,6 +100,12 @@ impl Selector {
         *self == Self::default()
     }
 
+    /// Whether it means whatever is at this address: then who that was is remembered, so that nothing
+    /// else is taken for it. A serial number says it better.
+    pub fn is_by_address(&self, address: PciAddress) -> bool {
+        self.address == Some(address) && self.serial.is_none()
+    }
+
     /// Whether a function is meant.
     pub fn matches(&self, facts: &Facts, function: &Function) -> bool {
         fn so<T: PartialEq>(wanted: Option<&T>, is: Option<&T>) -> bool {

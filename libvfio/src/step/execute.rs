@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use super::{Cause, Outcome, Step};
+use super::{Cause, Outcome, Step, Tunable};
 use crate::address::PciAddress;
 use crate::backend::{Handle, Maker, SRIOV_MANAGE};
 use crate::error::Error;
@@ -38,6 +38,7 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
         Step::LockMemory { process, bytes } => lock_memory(*process, *bytes),
         Step::CreateMediated { of, uuid } => create_mediated(host, of, *uuid),
         Step::RemoveMediated { of, uuid } => remove_mediated(host, of, *uuid),
+        Step::Tune { device, setting, from, to } => tune(host, *device, *setting, from, to),
         Step::CheckViable { group } => check_viable(host, *group),
     }
 }
@@ -315,6 +316,19 @@ fn remove_mediated(host: &HostRoot, of: &TypeName, uuid: Uuid) -> Done {
     let dir = host.sys(mediated::DEVICES).sub(&uuid.to_string());
     dir.write("remove", "1").map_err(|e| Cause::kernel(&e))?;
     read_back(None, now().map(|found| found.to_string()).as_deref())
+}
+
+fn tune(host: &HostRoot, device: PciAddress, setting: Tunable, from: &str, to: &str) -> Done {
+    let (dir, name) = (host.function(device), setting.attribute());
+    let now = dir.attr(name)?;
+    if now.as_deref() == Some(to) {
+        return Ok(Outcome::AlreadySo);
+    }
+    if now.as_deref() != Some(from) {
+        return Err(changed(Some(from), now.as_deref()));
+    }
+    dir.write(name, to).map_err(|e| Cause::kernel(&e))?;
+    read_back(Some(to), dir.attr(name)?.as_deref())
 }
 
 fn check_viable(host: &HostRoot, group: u32) -> Done {

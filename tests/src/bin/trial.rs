@@ -1,6 +1,6 @@
 //! `trial worker --root ROOT`: the worker of the brokers that tests start.
 //!
-//! `trial ROOT RECORDS [KIND=SECONDS...] attach DEVICE TENANT|release TARGET|recover`: a broker that
+//! `trial ROOT RECORDS [KIND=SECONDS...] attach DEVICE TENANT|release TARGET|apply|recover`: a broker that
 //! does one thing and ends once it is at nothing any more, if it is not killed before. Exits with 1
 //! and the reason if that is refused. A kind of mediated devices stands for the lease that has one.
 //!
@@ -13,9 +13,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use libvfio::client::Failure;
+use libvfio::error::ErrorKind;
 use vfiod::broker::Broker;
 use vfiod::lease::Lease;
-use vfiod::request::ReleaseOptions;
+use vfiod::request::{ApplyOptions, ReleaseOptions};
 use vfiod_tests::trial::{Setting, attach, settled};
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -57,9 +58,17 @@ fn act(broker: &Arc<Broker>, what: &[&str]) -> anyhow::Result<Result<(), Failure
             let target = lease.as_deref().unwrap_or(target);
             broker.release(target, &ReleaseOptions::default()).map(drop)
         }
+        ["apply"] => applied(broker),
         ["recover"] => Ok(()),
         _ => anyhow::bail!("{what:?} is nothing to try"),
     })
+}
+
+/// Does what the policy says; what fails is a failure.
+fn applied(broker: &Arc<Broker>) -> Result<(), Failure> {
+    let record = broker.apply_policy(&ApplyOptions::default(), 0)?;
+    let failed = record.units.into_iter().find_map(|unit| unit.failure);
+    failed.map_or(Ok(()), |why| Err(Failure::new(ErrorKind::Internal, why)))
 }
 
 fn serve(broker: &Arc<Broker>) -> anyhow::Result<()> {

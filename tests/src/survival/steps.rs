@@ -55,8 +55,9 @@ pub fn places<'a>(
             Step::NodeAccess { .. } => Operation::Access,
             Step::CreateMediated { .. } => Operation::CreateMediated,
             Step::RemoveMediated { .. } => Operation::RemoveMediated,
-            // Described hosts have no process whose limits count.
-            Step::LockMemory { .. } => return None,
+            // Described hosts have no process whose limits count, and no fault strikes at settings
+            // of the PCI core.
+            Step::LockMemory { .. } | Step::Tune { .. } => return None,
             Step::CheckViable { .. } => Operation::Open,
         };
         let device = step.device().or(first);

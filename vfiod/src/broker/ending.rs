@@ -76,6 +76,7 @@ impl Broker {
                 }
             };
             broker.give_back(lease, &early, reply);
+            broker.stop_waiting();
         })
     }
 
@@ -134,6 +135,7 @@ impl Broker {
         std::thread::spawn(move || {
             let (reply, _nobody) = std::sync::mpsc::sync_channel(1);
             broker.give_back(lease, &|_| {}, &Reply(reply));
+            broker.stop_waiting();
         });
     }
 

@@ -26,7 +26,8 @@ pub(super) fn caught_up(
     let unknown: Vec<usize> =
         (0..lease.forward.len()).filter(|at| lease.forward[*at].outcome.is_none()).collect();
     match (lease.state, unknown.as_slice()) {
-        (State::Preparing, [] | [_]) if all_ready => {
+        // A task of the daemon's own is never active: it is undone, and done again if it is wanted.
+        (State::Preparing, [] | [_]) if all_ready && lease.task.is_none() => {
             for at in unknown {
                 lease.forward[at].outcome = Some(Outcome::AlreadySo);
             }

@@ -38,7 +38,7 @@ impl Broker {
         devices.map(|device| Ok((*device, self.offers(*device)?))).collect()
     }
 
-    fn offers(&self, device: PciAddress) -> Result<Vec<Offer>, Failure> {
+    pub(super) fn offers(&self, device: PciAddress) -> Result<Vec<Offer>, Failure> {
         self.walker.means.workers.offers(device, READING).map_err(|error| {
             let why = format!(
                 "cannot read the settings of {device}: {error}; see the kernel log (journalctl -k)"

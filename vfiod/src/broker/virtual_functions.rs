@@ -98,7 +98,7 @@ impl Broker {
     }
 
     /// Remembers whose autoprobe was turned off, to turn it on again with the last one.
-    fn remember_autoprobe(&self, lease: &Lease) {
+    pub(super) fn remember_autoprobe(&self, lease: &Lease) {
         let mut data = self.data();
         for recorded in &lease.forward {
             match recorded.step {
@@ -128,7 +128,7 @@ impl Broker {
     }
 
     /// Looks at the virtual functions there were and there are.
-    fn look_at_virtual(&self, device: PciAddress, lease: &Lease) {
+    pub(super) fn look_at_virtual(&self, device: PciAddress, lease: &Lease) {
         let now = pci::virtual_functions(self.host(), device);
         let all: BTreeSet<PciAddress> = lease.devices.keys().copied().chain(now).collect();
         self.refresh(all);
@@ -144,11 +144,13 @@ impl Broker {
     ) -> Result<Vec<PciAddress>, Failure> {
         let data = self.data();
         let quarantined = data.quarantined();
+        let pools = data.pools();
+        let ours = |address: &PciAddress| pools.get(address).is_some_and(|(_, on_vfio)| *on_vfio);
         let free = |address: &PciAddress| {
             !barred.contains(address)
                 && !quarantined.contains_key(address)
                 && data.holder(*address).is_none()
-                && data.inventory.get(*address).is_some_and(|f| !f.on_vfio())
+                && data.inventory.get(*address).is_some_and(|f| !f.on_vfio() || ours(address))
         };
         let all = virtual_functions(&data.inventory, device);
         let total = all.len();
@@ -176,7 +178,7 @@ impl Broker {
 
 impl Data {
     /// Whether the virtual functions of a physical one on any bus of this one's are being changed.
-    fn bus_is_changing(&self, device: PciAddress) -> bool {
+    pub(super) fn bus_is_changing(&self, device: PciAddress) -> bool {
         let buses = buses(&self.inventory, device);
         let moving = self.leases.values().filter(|lease| lease.task.is_some());
         let moving = moving.filter(|lease| lease.state.moves());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use libvfio::client::{
     DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord, MediatedRecord,
-    PlanRecord, QuarantineRecord, SettingRecord, device_path, lease_path,
+    PlanRecord, PolicyRecord, QuarantineRecord, SettingRecord, device_path, lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -17,8 +17,8 @@ use crate::authority::Action;
 use crate::broker::{Asker, Broker};
 use crate::history::Entry;
 use crate::request::{
-    AttachOptions, HistoryOptions, ListOptions, RawOptions, ReleaseOptions, check_name,
-    check_reason,
+    ApplyOptions, AttachOptions, HistoryOptions, ListOptions, RawOptions, ReleaseOptions,
+    check_name, check_no_options, check_reason,
 };
 
 #[derive(Debug)]
@@ -189,6 +189,49 @@ impl ManagerObject {
         Ok(entries.iter().map(Entry::record).collect())
     }
 
+    #[zbus(out_args("policy"))]
+    async fn plan_policy(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        options: RawOptions,
+    ) -> Result<PolicyRecord, Failure> {
+        check_no_options(&options)?;
+        self.caller.ask(&header, |broker| broker.plan_policy()).await
+    }
+
+    #[zbus(out_args("policy"))]
+    async fn apply_policy(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        options: RawOptions,
+    ) -> Result<PolicyRecord, Failure> {
+        let options = ApplyOptions::read(&options)?;
+        let authority = &self.caller.authority;
+        let user = authority.check(&header, Action::Policy, &HashMap::new()).await?;
+        self.caller.run(move |broker| broker.apply_policy(&options, user)).await
+    }
+
+    #[zbus(out_args("policy"))]
+    async fn reload_policy(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        options: RawOptions,
+    ) -> Result<PolicyRecord, Failure> {
+        check_no_options(&options)?;
+        self.caller.authority.check(&header, Action::Policy, &HashMap::new()).await?;
+        self.caller.run(|broker| broker.reload_policy()).await
+    }
+
+    #[zbus(out_args("policy"))]
+    async fn boot_report(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        options: RawOptions,
+    ) -> Result<PolicyRecord, Failure> {
+        check_no_options(&options)?;
+        self.caller.ask(&header, |broker| broker.boot_report()).await
+    }
+
     #[zbus(out_args("device"))]
     fn describe_device(&self, name: &str) -> Result<DeviceRecord, Failure> {
         let address = self.caller.broker.resolve(name).map_err(Failure::from)?;
@@ -226,6 +269,14 @@ impl ManagerObject {
     pub(super) async fn device_removed(
         emitter: &SignalEmitter<'_>,
         address: &str,
+    ) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    pub(super) async fn policy_step(
+        emitter: &SignalEmitter<'_>,
+        pool: &str,
+        device: &str,
+        text: &str,
     ) -> zbus::Result<()>;
 
     #[zbus(property(emits_changed_signal = "const"))]

@@ -104,6 +104,9 @@ impl Publisher {
             Change::DeviceChanged(address, properties) => {
                 self.changed.entry(address).or_default().extend(properties);
             }
+            Change::PolicyStep { pool, device, text } => {
+                self.manager().await?.policy_step(&pool, &device.to_string(), &text).await?;
+            }
             Change::GroupsChanged => self.regroup().await?,
             Change::LeaseAdded(id) => {
                 let object = LeaseObject::new(self.caller.clone(), id.clone());

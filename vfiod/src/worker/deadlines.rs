@@ -13,7 +13,7 @@ use libvfio::step::Step;
 ///
 /// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
 /// `drivers/pci/iov.c`), and a card may have hundreds.
-const DEFAULTS: [(&str, u64); 14] = [
+const DEFAULTS: [(&str, u64); 15] = [
     ("load-module", 60),
     ("unbind-lock", 10),
     ("unbind", 70),
@@ -27,6 +27,7 @@ const DEFAULTS: [(&str, u64); 14] = [
     ("lock-memory", 10),
     ("create-mediated", 70),
     ("remove-mediated", 70),
+    ("tune", 10),
     ("check-viable", 70),
 ];
 

@@ -170,6 +170,21 @@ pub(crate) enum Command {
         #[command(subcommand)]
         action: MdevAction,
     },
+    /// Show what applying the policy would do, device by device, and what stands in the way
+    Plan,
+    /// Do what the policy says, as far as nothing stands in the way
+    ///
+    /// What is leased waits for the end of the lease, and is done then. What fails is as it was.
+    /// Applying again changes nothing.
+    #[command(after_help = "Examples:
+  vfioctl apply --dry-run
+  vfioctl apply")]
+    Apply(ApplyArgs),
+    /// Show where the host stands with its policy: what is as wanted, what drifted, what waits
+    Status,
+    /// Tell whether this boot did what the policy wanted, and what came first if not; exits with 1
+    /// then
+    VerifyBoot,
     /// Follow changes of leases and devices, a line each, until interrupted
     Monitor,
     /// Print the completion script of a shell
@@ -356,6 +371,19 @@ pub(crate) enum VfAction {
     },
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArgs {
+    /// Show the steps and change nothing, as 'vfioctl plan' does
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Devices that are others than were at their addresses before are meant
+    #[arg(long)]
+    pub(crate) accept: bool,
+    /// As a part of the boot: once udev has settled, and in the time that the policy gives
+    #[arg(long, conflicts_with_all = ["dry_run", "accept"])]
+    pub(crate) boot: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyAction {
     /// Say what is wrong with a policy, with file, line and column; exits with 2 if anything is
@@ -367,6 +395,10 @@ pub(crate) enum PolicyAction {
     Show(PolicyFiles),
     /// Explain every key
     Schema,
+    /// Have vfiod read the policy anew; one that is wrong leaves the one in force
+    Reload,
+    /// Print the udev rules that a policy becomes for the next boot
+    Compile(PolicyFiles),
 }
 
 /// Where a policy is, and of which host.

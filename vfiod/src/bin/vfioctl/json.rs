@@ -113,6 +113,7 @@ mod tests {
         let records = [
             include_str!("../../../../libvfio/src/client/records.rs"),
             include_str!("../../../../libvfio/src/client/holding.rs"),
+            include_str!("../../../../libvfio/src/client/policy.rs"),
         ];
         let fields: Vec<&str> = records
             .iter()

@@ -1,5 +1,6 @@
 //! `vfioctl`, the command line of `org.vfiod1`: a shim around [`run`].
 
+mod apply;
 mod args;
 mod attach;
 mod bus;

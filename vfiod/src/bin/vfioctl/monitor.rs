@@ -103,6 +103,12 @@ impl Watch {
                     "properties": properties,
                 }))
             }
+            (MANAGER, "PolicyStep") => Some(json!({
+                "event": "policy-step",
+                "pool": arguments.get(0)?,
+                "address": arguments.get(1)?,
+                "text": arguments.get(2)?,
+            })),
             _ => None,
         }
     }
@@ -116,6 +122,7 @@ fn line(event: &Value, out: &Output) -> String {
     let news = match text("event") {
         "lease-changed" if text("reason").is_empty() => text("state").to_owned(),
         "lease-changed" => format!("{}: {}", text("state"), text("reason")),
+        "policy-step" => text("text").to_owned(),
         "device-changed" => format!("changed{}", properties(&event["properties"])),
         _ => change.to_owned(),
     };

@@ -1,9 +1,11 @@
 //! `policy`: what is wrong with one, whom it means, and which keys there are. Reads the files and the
 //! host by itself, so that a policy can be tried before any daemon has it; changes nothing.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::ExitCode;
 
+use libvfio::client::Options;
 use libvfio::error::ErrorKind;
 use libvfio::host::HostRoot;
 use libvfio::inventory::Inventory;
@@ -11,6 +13,7 @@ use libvfio::policy::{self, Assignment, Facts, Policy, Pool, Problem, Role, Sour
 use serde_json::{Value, json};
 
 use crate::args::{PolicyAction, PolicyFiles};
+use crate::bus::Bus;
 use crate::output::{Output, print, print_json};
 use crate::table::{BAD, Cell, PLAIN, Table, WARN};
 use crate::trouble::Trouble;
@@ -20,13 +23,32 @@ pub(crate) fn run(action: &PolicyAction, out: &Output) -> Result<ExitCode, Troub
         PolicyAction::Check(files) => check(files, out),
         PolicyAction::Show(files) => show(files, out).map(|()| ExitCode::SUCCESS),
         PolicyAction::Schema => schema(out).map(|()| ExitCode::SUCCESS),
+        PolicyAction::Compile(files) => compile(files).map(|()| ExitCode::SUCCESS),
+        // Asked of the daemon.
+        PolicyAction::Reload => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// Has the daemon read its policy anew.
+pub(crate) async fn reload(bus: &Bus, out: &Output) -> Result<(), Trouble> {
+    let policy = bus.manager.reload_policy(Options::new()).await?;
+    if out.json {
+        return print_json(&policy.files.into());
+    }
+    let (files, units) = (policy.files.len(), policy.units.len());
+    print(&format!("{files} files read, {units} devices in pools; 'vfioctl plan' shows the rest\n"))
+}
+
+fn compile(files: &PolicyFiles) -> Result<(), Trouble> {
+    let Tried { policy, inventory, facts, .. } = on_host(files)?;
+    print(&policy::rules(&policy, &facts, &BTreeMap::new(), &inventory.vfio_aliases))
 }
 
 /// A policy on a host.
 struct Tried {
     policy: Policy,
     inventory: Inventory,
+    facts: Facts,
     assignment: Assignment,
 }
 
@@ -49,7 +71,7 @@ fn tried(policy: Policy, files: &PolicyFiles) -> Result<Tried, Trouble> {
     let inventory = Inventory::scan(&host).map_err(unread)?;
     let facts = Facts::read(&host).map_err(unread)?;
     let assignment = Assignment::new(&policy, &inventory, &facts);
-    Ok(Tried { policy, inventory, assignment })
+    Ok(Tried { policy, inventory, facts, assignment })
 }
 
 fn check(files: &PolicyFiles, out: &Output) -> Result<ExitCode, Trouble> {
@@ -94,10 +116,15 @@ fn problem(problem: &Problem) -> Value {
     })
 }
 
-fn show(files: &PolicyFiles, out: &Output) -> Result<(), Trouble> {
+/// A policy that is right, on the host.
+fn on_host(files: &PolicyFiles) -> Result<Tried, Trouble> {
     let policy = Policy::parse(&sources(files)?);
     let wrong = |problems| Trouble::new(ErrorKind::InvalidArgument, format!("{problems}"));
-    let tried = tried(policy.map_err(wrong)?, files)?;
+    tried(policy.map_err(wrong)?, files)
+}
+
+fn show(files: &PolicyFiles, out: &Output) -> Result<(), Trouble> {
+    let tried = on_host(files)?;
     if out.json {
         let pools: Vec<Value> = tried.policy.pools.iter().map(|pool| tried.json(pool)).collect();
         return print_json(&pools.into());

@@ -7,14 +7,14 @@ use clap::error::ErrorKind as Usage;
 use libvfio::error::ErrorKind;
 use libvfio::host::HostRoot;
 
-use crate::args::{Cli, Command, RunArgs};
+use crate::args::{Cli, Command, PolicyAction, RunArgs};
 use crate::bus::Bus;
 use crate::launch::{self, Launch};
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
-    attach, check, explain, generate, groups, history, holders, hook, leases, list, mdev, monitor,
-    policy, quarantine, release, show, tree, vf,
+    apply, attach, check, explain, generate, groups, history, holders, hook, leases, list, mdev,
+    monitor, policy, quarantine, release, show, tree, vf,
 };
 
 pub(crate) fn main() -> ExitCode {
@@ -93,8 +93,17 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
             quarantine::run(&bus().await?, action.as_ref(), &out).await?;
         }
         Command::Vf { action } => return vf::run(&bus().await?, &action, &out).await,
+        Command::Policy { action: PolicyAction::Reload } => {
+            policy::reload(&bus().await?, &out).await?;
+        }
         Command::Policy { action } => return policy::run(&action, &out),
         Command::Mdev { action } => mdev::run(&bus().await?, &action, &out).await?,
+        Command::Plan => return apply::plan(&bus().await?, &out).await,
+        Command::Apply(args) => return apply::run(&bus().await?, &args, &out).await,
+        Command::Status => return apply::status(&bus().await?, &out).await,
+        Command::VerifyBoot => {
+            return apply::verify_boot(&bus().await?, &HostRoot::new("/"), &out).await;
+        }
         Command::Monitor => monitor::run(&bus().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Args(args) => launch::args(&bus().await?, &args, &out).await?,
