@@ -66,6 +66,12 @@ pub fn vfio_device(address: &str) -> Result<String> {
     names.into_iter().next().with_context(|| format!("{address} has no VFIO device"))
 }
 
+/// The name of a network card's interface.
+pub fn interface(address: &str) -> Result<String> {
+    let names = names_in(&path(address, "net"))?;
+    names.into_iter().next().with_context(|| format!("{address} has no interface"))
+}
+
 /// Every PCI function, in order.
 pub fn functions() -> Result<Vec<String>> {
     names_in(Path::new(DEVICES))

@@ -24,7 +24,7 @@ const RIVAL: &str = "0b9d3f52-6b0d-4a3f-8b57-3a7d0e3a9c11";
 const DOCUMENT: &str = include_str!("../../../../docs/libvirt.md");
 
 /// A domain that runs and never boots: what is looked at is all around it.
-fn define(name: &str, uuid: &str, tenant: Option<&str>, devices: &str) -> Result<()> {
+pub(super) fn define(name: &str, uuid: &str, tenant: Option<&str>, devices: &str) -> Result<()> {
     let metadata = tenant.map_or_else(String::new, |tenant| {
         format!(
             "<metadata><vfiod:lease xmlns:vfiod='urn:vfiod:lease:1' tenant='{tenant}'/></metadata>"
@@ -42,7 +42,7 @@ fn define(name: &str, uuid: &str, tenant: Option<&str>, devices: &str) -> Result
     command::run(["virsh", "define", &file])?.success().map(drop)
 }
 
-fn hostdev(address: &str, managed: &str) -> Result<String> {
+pub(super) fn hostdev(address: &str, managed: &str) -> Result<String> {
     let (bus, rest) = address[5..].split_once(':').context("an address")?;
     let (slot, function) = rest.split_once('.').context("an address")?;
     Ok(format!(
@@ -67,7 +67,7 @@ fn virsh<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Ran> {
     command::run(["virsh"].into_iter().chain(arguments))
 }
 
-fn none_leased() -> Result<bool> {
+pub(super) fn none_leased() -> Result<bool> {
     Ok(vfioctl_json(["leases"])?.as_array().is_some_and(Vec::is_empty))
 }
 
@@ -88,6 +88,9 @@ pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "0")?;
     sysfs::write(NIC.address, "sriov_numvfs", "1")?;
     let vf = sysfs::virtual_function(NIC.address, 0)?;
+    // libvirt gives a virtual function its address through an interface that is up.
+    let link = sysfs::interface(NIC.address)?;
+    command::run(["ip", "link", "set", &link, "up"])?.success()?;
     let before = drivers();
     with_libvirt(&["web"], || {
         define("web", WEB, Some("alice"), &(gpu("no")? + &interface(&vf)?))?;
@@ -123,6 +126,7 @@ pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
         ensure!(none_leased()? && drivers() == before, "it is not all back");
         lab.step("libvirtd was restarted, once beside a stopped vfiod: the domain went on")
     })?;
+    command::run(["ip", "link", "set", &link, "down"])?.success()?;
     sysfs::write(NIC.address, "sriov_numvfs", "0")?;
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
 }

@@ -49,6 +49,11 @@ impl Scenario {
         Self { machine, by_name: true, ..self }
     }
 
+    /// It is run for itself.
+    const fn by_name(self) -> Self {
+        Self { by_name: true, ..self }
+    }
+
     /// It shows what only the lab's own kernel can do.
     const fn on_own_kernel(self) -> Self {
         Self { kernels: &[Kernel::Own], ..self }
@@ -103,6 +108,8 @@ const SCENARIOS: &[Scenario] = &[
     scenario("mediated", "a part of a device, made for a lease and gone with it", mediated::run)
         .on_own_kernel(),
     scenario("demo", "the product at work, told as a story", demo::run),
+    scenario("bench-guests", "what starting guests costs beside libvirt and QEMU", bench::guests)
+        .by_name(),
     scenario("bench", "what it costs beside the kernel and its peers", bench::run)
         .on(Purpose::Benchmarks),
 ];

@@ -1,5 +1,6 @@
 //! What the product costs, beside the bare kernel and its peers, in one boot.
 
+mod guests;
 mod many;
 
 use std::collections::BTreeMap;
@@ -44,6 +45,11 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     startup(lab)?;
 
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
+}
+
+/// On the machine that starts guests.
+pub(super) fn guests(lab: &mut Lab) -> Result<()> {
+    guests::run(lab)
 }
 
 /// One function, one connection: a cycle of attach and release.
