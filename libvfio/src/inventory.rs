@@ -165,6 +165,18 @@ impl Inventory {
         vfs
     }
 
+    /// The physical function that a virtual one at this address is or would be of.
+    pub fn physical_of(&self, address: PciAddress) -> Option<&Function> {
+        let of = |f: &Function| {
+            let Sriov::Physical { total, offset, stride, .. } = f.sriov else { return false };
+            let first = u32::from(f.address.routing_id()) + u32::from(offset);
+            let mut all = (0..total).map(|n| first + u32::from(stride) * u32::from(n));
+            let there = u32::from(address.routing_id());
+            f.address.domain() == address.domain() && all.any(|other| other == there)
+        };
+        self.functions.values().map(AsRef::as_ref).find(|f| of(f))
+    }
+
     /// The index of a VF among those of its PF.
     pub fn vf_index(&self, function: &Function) -> Option<u16> {
         let Sriov::Virtual { physical } = function.sriov else { return None };

@@ -11,16 +11,24 @@ use memchr::memmem;
 /// equals, the first. The generic driver takes part, with seven wildcards. Patterns match as for
 /// `modprobe`, which leaves them to `fnmatch(3)`.
 pub fn best_vfio_driver<'a>(modules_alias: &'a str, modalias: &str) -> Option<&'a str> {
-    let device = modalias.trim_end().strip_prefix("pci:")?;
-    let (_, module) = modules_alias
-        .lines()
-        .filter_map(|line| {
-            let (pattern, module) = line.strip_prefix("alias vfio_pci:")?.split_once(' ')?;
-            let matching = matches(pattern.as_bytes(), device.as_bytes());
-            matching.then_some((pattern, module.trim()))
-        })
-        .min_by_key(|(pattern, _)| pattern.matches('*').count())?;
+    let module = closest(modules_alias, "alias vfio_pci:", modalias)?;
     (!same_module(module, "vfio_pci")).then_some(module)
+}
+
+/// The module of the host driver made for a device, from the text of `modules.alias` and the device's
+/// `modalias`: of those that match, the one with the fewest wildcards.
+pub fn host_module<'a>(modules_alias: &'a str, modalias: &str) -> Option<&'a str> {
+    closest(modules_alias, "alias pci:", modalias)
+}
+
+fn closest<'a>(modules_alias: &'a str, prefix: &str, modalias: &str) -> Option<&'a str> {
+    let device = modalias.trim_end().strip_prefix("pci:")?;
+    let matching = modules_alias.lines().filter_map(|line| {
+        let (pattern, module) = line.strip_prefix(prefix)?.split_once(' ')?;
+        let matching = matches(pattern.as_bytes(), device.as_bytes());
+        matching.then_some((pattern, module.trim()))
+    });
+    Some(matching.min_by_key(|(pattern, _)| pattern.matches('*').count())?.1)
 }
 
 /// Whether a kernel has a module, to be loaded or built in, from the text of its `modules.dep` and

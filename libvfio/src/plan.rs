@@ -69,6 +69,8 @@ pub struct Circumstances {
     pub offers: BTreeMap<PciAddress, Vec<Offer>>,
     /// Physical functions whose virtual ones are made by others than the kernel alone.
     pub makers: BTreeMap<PciAddress, Maker>,
+    /// Modules that the kernel's tables have for functions without a driver, where that matters.
+    pub host_modules: BTreeMap<PciAddress, String>,
     /// What the host does with its devices, and which processes hold them.
     pub uses: Vec<Use>,
     /// Functions that are not trusted, and why.

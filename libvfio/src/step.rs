@@ -264,7 +264,10 @@ impl StepError {
                 Cause::Kernel { errno: Errno::EOPNOTSUPP },
             )
             | (Step::Tune { .. }, Cause::Kernel { errno: Errno::EINVAL })
-            | (Step::SetVirtualFunctions { .. }, Cause::ReadBack { .. }) => ErrorKind::Unsupported,
+            | (
+                Step::SetVirtualFunctions { .. },
+                Cause::ReadBack { .. } | Cause::Kernel { errno: Errno::ENOENT },
+            ) => ErrorKind::Unsupported,
             (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY })
             | (
                 Step::CreateMediated { .. },
@@ -504,12 +507,14 @@ impl Step {
                     .to_owned()
             }
             (Self::SetVirtualFunctions { .. }, Cause::Kernel { errno: Errno::ENOMEM }) => {
-                "the firmware left too few bus numbers or too little memory space: enable SR-IOV \
-                 there, or boot with 'pci=realloc'"
+                "the firmware left too little memory space or too few bus numbers: enable SR-IOV \
+                 there, or boot with 'pci=realloc' or 'pci=assign-busses'"
                     .to_owned()
             }
             (Self::SetVirtualFunctions { .. }, Cause::Kernel { errno: Errno::ENOENT }) => {
-                "its driver cannot make virtual functions; load the one that can".to_owned()
+                "its driver cannot make virtual functions; load the one that can ('lspci -k' names \
+                 the modules for a device)"
+                    .to_owned()
             }
             (Self::SetVirtualFunctions { by: Maker::SriovManage, .. }, Cause::Program(_)) => {
                 "stop what uses the card (nvidia-persistenced, dcgm, vGPUs) and try again"

@@ -228,7 +228,11 @@ fn those_that_others_make_are_picked_up_and_not_ours() {
     std::fs::write(sim.function(at(PF)).join("sriov_numvfs"), "0").unwrap();
     broker.resynchronise();
     let failed = || broker.lease(&lease.id).unwrap().reason.unwrap_or_default();
-    assert!(eventually(|| failed().contains("unplugged")), "{:?}", broker.leases());
+    assert!(
+        eventually(|| failed().contains("with the virtual functions of 0000:01:00.0")),
+        "{:?}",
+        broker.leases()
+    );
 }
 
 #[test]

@@ -137,7 +137,13 @@ fn refuse_physical(circumstances: &Circumstances, function: &Function, count: u1
         reasons.push(reason(ErrorKind::Busy, "external", text, remedy));
     } else if function.driver.is_none() {
         let text = "is on no driver, and only its driver makes virtual functions".to_owned();
-        let remedy = format!("echo {address} > /sys/bus/pci/drivers_probe");
+        let module = circumstances.host_modules.get(&address);
+        let load = module.map_or_else(
+            || "load the module of its driver".to_owned(),
+            |module| format!("load its driver ('modprobe {module}')"),
+        );
+        let remedy =
+            format!("{load}; if that is there, 'echo {address} > /sys/bus/pci/drivers_probe'");
         reasons.push(reason(ErrorKind::Unsupported, "no-driver", text, &remedy));
     }
     reasons

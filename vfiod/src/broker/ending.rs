@@ -339,6 +339,7 @@ impl Broker {
         self.await_holders(&walk, &mut lease, &|_| {});
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);
+        self.renumbered_back(&lease);
         let mut reason = format!("the daemon stopped while it was {}", state.name());
         if !failures.is_empty() {
             reason = format!("{reason}; {}", all(&failures));

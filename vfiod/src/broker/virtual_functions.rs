@@ -10,6 +10,7 @@ use libvfio::backend::{self, Maker};
 use libvfio::client::{Failure, PlanRecord};
 use libvfio::error::ErrorKind;
 use libvfio::inventory::Inventory;
+use libvfio::modalias;
 use libvfio::pci::{self, Sriov};
 use libvfio::plan::{self, Circumstances, Plan, Reason, Refusal, Request};
 use libvfio::step::Step;
@@ -30,8 +31,7 @@ impl Broker {
         count: u16,
         user: u32,
     ) -> Result<Vec<PciAddress>, Failure> {
-        let found = self.uses_of_virtual(device)?;
-        let maker = backend::maker(self.host(), device);
+        let found = self.surroundings(device)?;
         let task = {
             let mut data = self.data();
             // The kernel makes a bus when the first function on it appears, and two that do so at
@@ -39,7 +39,7 @@ impl Broker {
             while data.bus_is_changing(device) {
                 data = self.ended.wait(data).unwrap_or_else(PoisonError::into_inner);
             }
-            let plan = planned(&data, device, count, found, maker)?;
+            let plan = planned(&data, device, count, found)?;
             if plan.steps.is_empty() {
                 None
             } else {
@@ -62,13 +62,13 @@ impl Broker {
         device: PciAddress,
         count: u16,
     ) -> Result<PlanRecord, Failure> {
-        let found = self.uses_of_virtual(device)?;
-        let maker = backend::maker(self.host(), device);
-        Ok(PlanRecord::new(&planned(&self.data(), device, count, found, maker)))
+        let found = self.surroundings(device)?;
+        Ok(PlanRecord::new(&planned(&self.data(), device, count, found)))
     }
 
-    /// Looks at a physical function and its virtual ones, and at what the host does with these.
-    fn uses_of_virtual(&self, device: PciAddress) -> Result<Around, Failure> {
+    /// Looks at a physical function and its virtual ones, at what the host does with these, and at
+    /// whom it takes to make others.
+    fn surroundings(&self, device: PciAddress) -> Result<Surroundings, Failure> {
         let virtuals = virtual_functions(&self.inventory(), device);
         self.refresh(virtuals.iter().copied().chain([device]));
         let inventory = self.inventory();
@@ -77,7 +77,16 @@ impl Broker {
         };
         let uses = self.uses(&virtuals.into_iter().filter(on_host_driver).collect())?;
         let parts = self.look_at_mediated(&Request::default())?;
-        Ok(Around { uses, parts, ..Around::default() })
+        let around = Around { uses, parts, ..Around::default() };
+        let driverless = inventory.get(device).filter(|f| f.driver.is_none());
+        let module = match driverless.and_then(|f| f.modalias.as_deref()) {
+            Some(modalias) => {
+                let aliases = self.host().modules("modules.alias")?.unwrap_or_default();
+                modalias::host_module(&aliases, modalias).map(str::to_owned)
+            }
+            None => None,
+        };
+        Ok(Surroundings { around, maker: backend::maker(self.host(), device), module })
     }
 
     /// Walks a change to its end, or all the way back.
@@ -97,10 +106,26 @@ impl Broker {
         reply.give(Ok(()));
     }
 
+    /// What follows from a change that was undone after a restart.
+    pub(super) fn renumbered_back(&self, lease: &Lease) {
+        let physical = lease.forward.iter().filter_map(|recorded| match recorded.step {
+            Step::SetVirtualFunctions { device, .. } => Some(device),
+            _ => None,
+        });
+        let physical: BTreeSet<PciAddress> = physical.collect();
+        for device in &physical {
+            self.look_at_virtual(*device, lease);
+        }
+        if !physical.is_empty() {
+            self.remember_autoprobe(lease);
+        }
+    }
+
     /// Remembers whose autoprobe was turned off, to turn it on again with the last one.
     pub(super) fn remember_autoprobe(&self, lease: &Lease) {
         let mut data = self.data();
-        for recorded in &lease.forward {
+        let steps = lease.forward.iter().chain(&lease.backward);
+        for recorded in steps.filter(|recorded| recorded.outcome.is_some()) {
             match recorded.step {
                 Step::SetAutoprobe { device, to: false, .. } => data.autoprobe_off.insert(device),
                 Step::SetAutoprobe { device, to: true, .. } => data.autoprobe_off.remove(&device),
@@ -209,14 +234,25 @@ fn virtual_functions(inventory: &Inventory, device: PciAddress) -> Vec<PciAddres
     inventory.virtual_functions(device).into_iter().map(|(_, address)| address).collect()
 }
 
+/// What was found around a physical function, beside the inventory.
+struct Surroundings {
+    around: Around,
+    maker: Maker,
+    /// That of its driver, if it is on none.
+    module: Option<String>,
+}
+
 fn planned(
     data: &Data,
     device: PciAddress,
     count: u16,
-    found: Around,
-    maker: Maker,
+    found: Surroundings,
 ) -> Result<Plan, Refusal> {
-    let makers = [(device, maker)].into_iter().collect();
-    let circumstances = Circumstances { makers, ..circumstances(data, found) };
+    let Surroundings { around, maker, module } = found;
+    let circumstances = Circumstances {
+        makers: [(device, maker)].into_iter().collect(),
+        host_modules: module.map(|module| (device, module)).into_iter().collect(),
+        ..circumstances(data, around)
+    };
     plan::virtual_functions(&data.inventory, &circumstances, device, count)
 }

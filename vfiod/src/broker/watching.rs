@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use libvfio::address::PciAddress;
-use libvfio::inventory;
+use libvfio::inventory::{self, Inventory};
 use libvfio::modalias::same_driver;
 use libvfio::pci::{Binding, Identity};
 use tracing::error;
@@ -26,6 +26,18 @@ struct Broken {
     drifted: Option<PciAddress>,
 }
 
+/// What became of a function that is not there any more.
+fn lost(inventory: &Inventory, address: PciAddress) -> String {
+    match inventory.physical_of(address) {
+        Some(physical) => format!(
+            "{address} has gone with the virtual functions of {}: its driver was unloaded, or somebody \
+             else removed them",
+            physical.address
+        ),
+        None => format!("{address} was unplugged"),
+    }
+}
+
 impl Broken {
     fn lost(reason: String) -> Self {
         Self { reason, drifted: None }
@@ -42,7 +54,7 @@ impl Broker {
         let inventory = self.inventory();
         lease.devices.iter().find_map(|(address, found)| {
             let Some(f) = inventory.get(*address) else {
-                return Some(Broken::lost(format!("{address} was unplugged")));
+                return Some(Broken::lost(lost(&inventory, *address)));
             };
             if f.stuck {
                 return None;

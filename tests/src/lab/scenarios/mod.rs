@@ -88,6 +88,11 @@ const SCENARIOS: &[Scenario] = &[
     scenario("hotplug", "devices go and come, leased and not", life::hotplug),
     scenario("virtual-functions", "made, leased and taken away", virtual_functions::number),
     scenario("shape", "a tenant's own address and VLAN, for its time", virtual_functions::shape),
+    scenario(
+        "unloaded",
+        "a card's driver goes while its virtual functions are leased",
+        virtual_functions::unloaded,
+    ),
     scenario("owners", "leases end with their process or connection", survival::owners),
     scenario("drift", "others change what a lease holds", survival::drift),
     scenario("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
