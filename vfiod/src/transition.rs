@@ -192,10 +192,16 @@ impl Walk<'_> {
     fn turn_home(&self, lease: &mut Lease, device: PciAddress) {
         let Ok(now) = Binding::read(&self.walker.means.host, device) else { return };
         let Some(found) = lease.devices.get(&device) else { return };
-        let way = Recorded::todo(plan::home(device, &now, &found.before));
-        lease.backward.retain(|r| {
-            r.outcome.is_some() || r.step.device() != Some(device) || !r.step.is_binding()
-        });
+        let mut way = Recorded::todo(plan::home(device, &now, &found.before));
+        // Where its settings are taken back is on the way: after its driver has let go.
+        let shapes = |r: &Recorded| matches!(r.step, Step::Shape { .. });
+        let left = |r: &Recorded| r.outcome.is_none() && r.step.device() == Some(device);
+        let unshaped: Vec<Recorded> =
+            lease.backward.iter().filter(|r| left(r) && shapes(r)).cloned().collect();
+        let unbound = way.iter().rposition(|r| matches!(r.step, Step::Unbind { .. }));
+        let place = unbound.map_or(0, |at| at + 1);
+        way.splice(place..place, unshaped);
+        lease.backward.retain(|r| !left(r) || !(r.step.is_binding() || shapes(r)));
         lease.backward.extend(way);
     }
 
