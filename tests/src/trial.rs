@@ -78,8 +78,17 @@ impl Setting {
 
 /// Leases one device to a tenant.
 pub fn attach(broker: &Arc<Broker>, device: &str, tenant: &str) -> Result<Lease, Failure> {
-    let options = AttachOptions::default();
-    broker.attach(&[device.to_owned()], tenant, &options, Asker::default())
+    attach_with(broker, device, tenant, &AttachOptions::default())
+}
+
+/// The same, with options.
+pub fn attach_with(
+    broker: &Arc<Broker>,
+    device: &str,
+    tenant: &str,
+    options: &AttachOptions,
+) -> Result<Lease, Failure> {
+    broker.attach(&[device.to_owned()], tenant, options, Asker::default())
 }
 
 /// Waits until the broker is at nothing any more, or at a step that does not return.

@@ -8,7 +8,10 @@ use anyhow::{Context, Result, ensure};
 use libvfio::address::PciAddress;
 use libvfio::step::Step;
 use vfiod_tests::sim::Effect;
-use vfiod_tests::survival::{self, DISK, GPU, Ground, OTHER_VF, Place, SERIAL, VF, places};
+use vfiod_tests::survival::{
+    self, DISK, Done, GPU, Ground, NUMBERED, OTHER_VF, Place, SERIAL, SETTINGS, SHAPED, VF,
+    numbering, places,
+};
 
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
 /// More places than there are.
@@ -30,9 +33,15 @@ enum What {
     LoadAndAttach,
     /// Release it.
     Release,
+    /// Attach it with settings.
+    Shape,
+    /// Release it where it was given some.
+    ReleaseShaped,
+    /// Go from one number of its virtual functions to another.
+    Number(u16, u16),
 }
 
-const SCENARIOS: [Scenario; 8] = [
+const SCENARIOS: [Scenario; 13] = [
     Scenario { device: GPU[0], what: What::Attach },
     Scenario { device: GPU[1], what: What::LoadAndAttach },
     Scenario { device: GPU[0], what: What::Release },
@@ -41,6 +50,11 @@ const SCENARIOS: [Scenario; 8] = [
     Scenario { device: DISK, what: What::Attach },
     Scenario { device: SERIAL, what: What::Attach },
     Scenario { device: SERIAL, what: What::Release },
+    Scenario { device: SHAPED, what: What::Shape },
+    Scenario { device: SHAPED, what: What::ReleaseShaped },
+    Scenario { device: NUMBERED, what: What::Number(0, 2) },
+    Scenario { device: NUMBERED, what: What::Number(2, 3) },
+    Scenario { device: NUMBERED, what: What::Number(2, 0) },
 ];
 
 impl Scenario {
@@ -51,32 +65,56 @@ impl Scenario {
 
     /// Brings the host to where it begins.
     fn begin(self, ground: &Ground) -> Result<()> {
-        if self.what == What::Release {
-            let done = ground.run(&["attach", self.device, "alice"], 0)?;
-            ensure!(done.well, "{}", done.said);
-        }
+        let before = match self.what {
+            What::Release => What::Attach,
+            What::ReleaseShaped => What::Shape,
+            What::Number(from @ 1.., _) => What::Number(0, from),
+            _ => return Ok(()),
+        };
+        let done = Self { what: before, ..self }.run(ground, 0)?;
+        ensure!(done.well, "{}", done.said);
         Ok(())
     }
 
-    fn words(self) -> Vec<&'static str> {
+    fn is_release(self) -> bool {
+        matches!(self.what, What::Release | What::ReleaseShaped)
+    }
+
+    /// Whether most of it is like what others show.
+    fn is_alike(self) -> bool {
+        matches!(self.what, What::Shape | What::ReleaseShaped | What::Number(..))
+    }
+
+    /// Does it with a broker that is killed at its `crash`th place.
+    fn run(self, ground: &Ground, crash: u32) -> Result<Done> {
+        let attach = ["attach", self.device, "alice"];
         match self.what {
-            What::Attach | What::LoadAndAttach => vec!["attach", self.device, "alice"],
-            What::Release => vec!["release", self.device],
+            What::Attach | What::LoadAndAttach => ground.run(&attach, crash),
+            What::Shape => {
+                let words: Vec<&str> = attach.into_iter().chain(SETTINGS).collect();
+                ground.run(&words, crash)
+            }
+            What::Release | What::ReleaseShaped => ground.run(&["release", self.device], crash),
+            What::Number(_, to) => ground.run(&["number", self.device, &to.to_string()], crash),
         }
     }
 
     /// The steps it takes, as the kernel has them.
     fn steps(self) -> Result<Vec<Place>> {
+        if let What::Number(from, to) = self.what {
+            let device: PciAddress = self.device.parse()?;
+            return Ok(places(&numbering(device, from, to), Some(device)));
+        }
         let ground = self.ground()?;
         self.begin(&ground)?;
-        if self.what != What::Release {
-            let _refused = ground.run(&self.words(), 0)?;
+        if !self.is_release() {
+            let _refused = self.run(&ground, 0)?;
         }
         let Some(lease) = ground.others()?.pop() else { return Ok(Vec::new()) };
         let first = lease.devices.keys().next().copied();
         let forward: Vec<Step> =
             lease.forward.iter().map(|recorded| recorded.step.clone()).collect();
-        if self.what != What::Release {
+        if !self.is_release() {
             return Ok(places(&forward, first));
         }
         // Whether somebody holds the group is asked as at the end of an attachment.
@@ -133,7 +171,7 @@ impl Case {
         self.scenario.begin(ground)?;
         match &self.kill {
             Kill::Broker { at, lost, again, .. } => {
-                let done = ground.run(&self.scenario.words(), *at)?;
+                let done = self.scenario.run(ground, *at)?;
                 ensure!(done.killed, "it was not killed: {}", done.said);
                 if let Some(lost) = lost {
                     lose(ground, *lost)?;
@@ -144,7 +182,7 @@ impl Case {
             }
             Kill::Worker { place, effect } => {
                 ground.sim.arm(place.fault(effect.clone()));
-                let done = ground.run(&self.scenario.words(), 0)?;
+                let done = self.scenario.run(ground, 0)?;
                 ensure!(!done.killed, "the worker took the broker with it");
                 let told = done.said.contains("the worker process ended");
                 ensure!(done.well || told, "it does not say so: {}", done.said);
@@ -154,6 +192,10 @@ impl Case {
         }
         let recovered = ground.run(&["recover"], 0)?;
         ensure!(recovered.well, "no recovery: {}", recovered.said);
+        if let What::Number(from, to) = self.scenario.what {
+            let number = ground.number()?;
+            ensure!([from, to].map(|n| (n, n == 0)).contains(&number), "it is {number:?}");
+        }
         ground.restore(&[])
     }
 }
@@ -186,7 +228,7 @@ const DIFFERS: [&str; 3] = ["after a record was written", "before a step", "afte
 fn kills_of_broker(scenario: Scenario) -> Result<Vec<Kill>> {
     let ground = scenario.ground()?;
     scenario.begin(&ground)?;
-    let places = ground.run(&scenario.words(), NEVER)?.places();
+    let places = scenario.run(&ground, NEVER)?.places();
     let mut kills = Vec::new();
     let mut written = 0;
     for (place, at) in places.into_iter().zip(1..) {
@@ -205,7 +247,7 @@ fn kills_of_broker(scenario: Scenario) -> Result<Vec<Kill>> {
 fn kills_of_recovery(scenario: Scenario, at: u32) -> Result<Vec<Kill>> {
     let ground = scenario.ground()?;
     scenario.begin(&ground)?;
-    ground.run(&scenario.words(), at)?;
+    scenario.run(&ground, at)?;
     let places = ground.run(&["recover"], NEVER)?.places();
     let kill = |(place, again)| Kill::Broker { at, place, lost: None, again };
     Ok(places.into_iter().zip(1..).map(kill).collect())
@@ -232,15 +274,31 @@ fn cases(scenario: Scenario) -> Result<Vec<Case>> {
     Ok(kills.into_iter().map(|kill| Case { scenario, kill }).collect())
 }
 
-#[test]
-fn whatever_is_killed_no_device_and_no_lease_is_lost() {
+/// Plays the scenarios that are alike, or all others.
+fn play(alike: bool, what_for: &str) {
     let mut all = 0;
-    for scenario in SCENARIOS {
-        let cases = cases(scenario).unwrap();
+    for (scenario, number) in SCENARIOS.into_iter().zip(0..) {
+        if scenario.is_alike() != alike {
+            continue;
+        }
+        let mut cases = cases(scenario).unwrap();
+        if alike {
+            cases = survival::few(cases, number);
+        }
         survival::each(&cases, || scenario.ground(), |ground, case| case.run(ground));
         all += cases.len();
     }
-    survival::count("crash matrix", all, "cases");
+    survival::count(what_for, all, "cases");
+}
+
+#[test]
+fn whatever_is_killed_no_device_and_no_lease_is_lost() {
+    play(false, "crash matrix");
+}
+
+#[test]
+fn numbers_and_settings_of_virtual_functions_are_as_before_or_as_asked() {
+    play(true, "crash matrix of virtual functions");
 }
 
 #[test]

@@ -8,13 +8,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use libvfio::address::PciAddress;
+use libvfio::backend::{self, Offer};
 use libvfio::mediated;
-use libvfio::pci::Binding;
+use libvfio::pci::{Binding, Function, Sriov};
 use tempfile::TempDir;
 use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
 
-use super::BYSTANDER;
+use super::{BYSTANDER, NUMBERED, SHAPED};
 use crate::sim::{Described, Sim, WORKSTATION};
 
 /// A card with virtual functions.
@@ -28,6 +29,8 @@ pub struct Ground {
     program: PathBuf,
     records: TempDir,
     before: BTreeMap<PciAddress, Binding>,
+    /// How [`SHAPED`] was given things.
+    shape: Vec<Offer>,
     /// The other tenant's lease, which nothing may touch.
     bystander: Option<Lease>,
 }
@@ -75,7 +78,8 @@ impl Ground {
         let memory = Path::new("/dev/shm");
         let records = if memory.is_dir() { TempDir::new_in(memory)? } else { TempDir::new()? };
         let (program, before) = (program.into(), BTreeMap::new());
-        let mut ground = Self { sim, program, records, before, bystander: None };
+        let shape = backend::offers(&sim.host(), SHAPED.parse()?)?;
+        let mut ground = Self { sim, program, records, before, shape, bystander: None };
         ground.before = ground.bindings()?;
         Ok(ground)
     }
@@ -109,6 +113,16 @@ impl Ground {
         let names = host.sys("bus/pci/devices").list()?;
         let addresses = names.iter().filter_map(|name| name.parse().ok());
         addresses.map(|at: PciAddress| Ok((at, Binding::read(&host, at)?))).collect()
+    }
+
+    /// How many virtual functions [`NUMBERED`] has, and whether host drivers are offered new ones.
+    pub fn number(&self) -> Result<(u16, bool)> {
+        let function =
+            Function::read(&self.sim.host(), NUMBERED.parse()?).context("it has gone")?;
+        let Sriov::Physical { enabled, autoprobe, .. } = function.sriov else {
+            bail!("{NUMBERED} has no SR-IOV")
+        };
+        Ok((enabled, autoprobe))
     }
 
     /// The ledger.
@@ -167,6 +181,11 @@ impl Ground {
                 }
             }
         }
+        let shaped = SHAPED.parse()?;
+        if !holders.contains_key(&shaped) && now.contains_key(&shaped) {
+            let shape = backend::offers(&self.sim.host(), shaped)?;
+            ensure!(shape == self.shape, "{SHAPED} is {shape:?}, was {:?}", self.shape);
+        }
         Ok(leases)
     }
 
@@ -178,6 +197,13 @@ impl Ground {
         }
         let left = self.check(gone)?;
         ensure!(left.is_empty(), "{} leases are left", left.len());
+        if !gone.contains(&NUMBERED.parse()?) {
+            let done = self.run(&["number", NUMBERED, "0"], 0)?;
+            ensure!(done.well, "cannot remove what there is: {}", done.said);
+            ensure!(self.number()? == (0, true), "it is {:?}", self.number()?);
+        }
+        let more = self.bindings()?.into_keys().find(|device| !self.before.contains_key(device));
+        ensure!(more.is_none(), "{more:?} is left");
         Ok(())
     }
 

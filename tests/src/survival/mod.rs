@@ -5,9 +5,9 @@ mod cases;
 mod ground;
 mod steps;
 
-pub use cases::{count, each, told};
+pub use cases::{count, each, few, told};
 pub use ground::{Done, Ground};
-pub use steps::{Place, places};
+pub use steps::{Place, numbering, places};
 
 /// The functions of the graphics card, in one group.
 pub const GPU: [&str; 2] = ["0000:01:00.0", "0000:01:00.1"];
@@ -17,6 +17,12 @@ pub const VF: &str = "0000:07:10.0";
 pub const OTHER_VF: &str = "0000:07:10.2";
 /// A kind of mediated devices.
 pub const SERIAL: &str = "mtty/mtty-2";
+/// A virtual function that can be given time and interrupt vectors, on a host driver.
+pub const SHAPED: &str = "0000:08:00.1";
+/// What it is given, as `trial` takes it.
+pub const SETTINGS: [&str; 2] = ["msix=8", "exec_quantum=20"];
+/// A physical function without virtual ones.
+pub const NUMBERED: &str = "0000:09:00.0";
 /// The root disk.
 pub const DISK: &str = "0000:02:00.0";
 /// A function that another tenant has while all this happens.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use libvfio::address::PciAddress;
+use libvfio::backend::Maker;
 use libvfio::step::Step;
 
 use crate::sim::{Effect, Fault, Operation};
@@ -31,6 +32,19 @@ impl Place {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.step)
+    }
+}
+
+/// The steps from one number of virtual functions of a physical one to another, when the daemon made
+/// those there are.
+pub fn numbering(device: PciAddress, from: u16, to: u16) -> Vec<Step> {
+    let by = Maker::Kernel;
+    let number = |from, to| Step::SetVirtualFunctions { device, from, to, by };
+    let autoprobe = |to: bool| Step::SetAutoprobe { device, from: !to, to };
+    match (from, to) {
+        (0, _) => vec![autoprobe(false), number(0, to)],
+        (_, 0) => vec![number(from, 0), autoprobe(true)],
+        _ => vec![number(from, 0), number(0, to)],
     }
 }
 

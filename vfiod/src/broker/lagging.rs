@@ -8,7 +8,7 @@ use libvfio::mediated::{Device, Uuid};
 use libvfio::pci::{Function, Identity};
 use libvfio::step::{Outcome, Step};
 
-use crate::lease::{Lease, Recorded, State};
+use crate::lease::{Lease, State};
 
 /// Brings a lease up to date by the kernel. Between two writes there is one step, so one that may
 /// have been recorded as done and the one after it that may have begun. When in doubt a lease
@@ -35,9 +35,15 @@ pub(super) fn caught_up(
         }
         (State::Preparing, [at, rest @ ..]) => {
             // Taking a device from VFIO that never came there would be a failure.
-            let begun = match rest.first().map(|next| &lease.forward[*next].step) {
-                Some(Step::Bind { device, .. }) => function(*device).is_some_and(Function::on_vfio),
-                next => next.is_some(),
+            let next = rest.first().map(|next| &lease.forward[*next].step);
+            let begun = match (&lease.forward[*at].step, next) {
+                (_, Some(Step::Bind { device, .. })) => {
+                    function(*device).is_some_and(Function::on_vfio)
+                }
+                (step @ Step::SetVirtualFunctions { .. }, next) => {
+                    next.is_some() && numbered(inventory, step, next)
+                }
+                (_, next) => next.is_some(),
             };
             if begun {
                 lease.forward[*at].outcome = Some(Outcome::AlreadySo);
@@ -48,18 +54,31 @@ pub(super) fn caught_up(
             lease.state = State::Releasing;
         }
         (State::Releasing, _) => {
-            let next = lease.backward.iter_mut().find(|recorded| recorded.outcome.is_none());
-            let home = |recorded: &&mut Recorded| match recorded.step {
-                Step::Unbind { device, .. } => function(device).is_some_and(|f| !f.on_vfio()),
-                _ => false,
+            let next = lease.backward.iter().position(|recorded| recorded.outcome.is_none());
+            let after = |at: usize| lease.backward.get(at + 1).map(|recorded| &recorded.step);
+            let home = |at: &usize| match &lease.backward[*at].step {
+                Step::Unbind { device, .. } => function(*device).is_some_and(|f| !f.on_vfio()),
+                step => numbered(inventory, step, after(*at)),
             };
-            if let Some(recorded) = next.filter(home) {
-                recorded.outcome = Some(Outcome::AlreadySo);
+            if let Some(at) = next.filter(home) {
+                lease.backward[at].outcome = Some(Outcome::AlreadySo);
             }
         }
         _ => {}
     }
     lease
+}
+
+/// Whether a change of a number of virtual functions, or the one after it, has happened: from where the
+/// second leads, there is no way back to before the first but by both.
+fn numbered(inventory: &Inventory, step: &Step, next: Option<&Step>) -> bool {
+    let Step::SetVirtualFunctions { device, to, .. } = step else { return false };
+    let now = inventory.get(*device).map(|f| f.enabled_vfs());
+    let later = match next {
+        Some(Step::SetVirtualFunctions { to, .. }) => Some(*to),
+        _ => None,
+    };
+    now.is_some() && (now == Some(*to) || now == later)
 }
 
 fn all_there(lease: &Lease, inventory: &Inventory) -> bool {
