@@ -33,6 +33,34 @@ fn a_simulated_host_is_listed_attached_and_released_and_says_what_it_is() {
 }
 
 #[test]
+fn a_card_that_is_shared_out_is_shown_and_leased_with_a_type() {
+    let session = Session::start("vgpu");
+    let (made, _) = session.done("vf set 41:00.0 4");
+    assert!(made.contains("4 virtual functions: 0000:41:00.4 to 0000:41:00.7"), "{made}");
+    let (shown, _) = session.done("vf show 41:00.4");
+    let line = shown.lines().find(|line| line.starts_with("--vgpu-type")).expect("its types");
+    assert!(line.contains("1145 (NVIDIA L40S-1B)") && line.ends_with("nvidia"), "{line}");
+    let (shown, _) = session.done("--json vf show 41:00.4");
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    let types = &shown["settings"][0];
+    assert_eq!((&types["setting"], &types["value"]), (&"vgpu_type".into(), &"0".into()));
+    assert_eq!(types["choices"][1]["name"], "NVIDIA L40S-24Q");
+    let untyped = session.vfioctl("attach 41:00.4 --tenant alice");
+    assert_eq!(untyped.status.code(), Some(14), "it is no good without a type");
+    let attach = "attach 41:00.4 --tenant alice --vgpu-type 1145";
+    let (plan, _) = session.done(&format!("{attach} --dry-run"));
+    assert!(plan.contains("1. give 0000:41:00.4 vGPU type 1145 (was 0)"), "{plan}");
+    session.done(attach);
+    let (shown, _) = session.done("--json vf show 41:00.4");
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!((&shown["driver"], &shown["tenant"]), (&"nvidia".into(), &"alice".into()));
+    assert_eq!(shown["settings"][0]["value"], "1145");
+    session.done("release 41:00.4");
+    session.done("vf set 41:00.0 0");
+    assert_eq!(session.vfioctl("vf show 41:00.0").status.code(), Some(14), "no virtual function");
+}
+
+#[test]
 fn what_happens_in_the_simulation_is_noticed_at_once() {
     let session = Session::start(HOST);
     let monitor = Running::start(
