@@ -83,7 +83,8 @@ fn with_libvirt(domains: &[&str], act: impl FnOnce() -> Result<()>) -> Result<()
     done
 }
 
-/// Started and destroyed again and again, with libvirtd restarted beside it.
+/// Started and destroyed again and again, with libvirtd restarted beside it. Without the GPU: that one
+/// is reset by its bus alone, and ended guests leave it deaf at times, which is for other scenarios.
 pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "0")?;
     sysfs::write(NIC.address, "sriov_numvfs", "1")?;
@@ -91,27 +92,27 @@ pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
     // libvirt gives a virtual function its address through an interface that is up.
     let link = sysfs::interface(NIC.address)?;
     command::run(["ip", "link", "set", &link, "up"])?.success()?;
-    let before = drivers();
+    let back = || sysfs::driver(EDU.address).is_none() && sysfs::driver(&vf).is_none();
     with_libvirt(&["web"], || {
-        define("web", WEB, Some("alice"), &(gpu("no")? + &interface(&vf)?))?;
+        define("web", WEB, Some("alice"), &(hostdev(EDU.address, "no")? + &interface(&vf)?))?;
         for cycle in 0..CYCLES {
             virsh(["start", "web"])?.success()?;
             let leases = vfioctl_json(["leases"])?;
             let record = leases[0].clone();
             ensure!(record["vm"] == WEB && record["tenant"] == "alice", "{leases}");
-            ensure!(
-                record["devices"] == json!([vf, GPU.address, GPU_AUDIO.address]),
-                "not all in one: {leases}"
-            );
+            ensure!(record["devices"] == json!([EDU.address, vf]), "not all in one: {leases}");
             if cycle == 0 {
-                lab.step("virsh start leased GPU, audio function and VF in one, for the tenant")?;
+                lab.step("virsh start leased a device and a VF in one, for the tenant")?;
                 held_by_libvirt(lab, record["id"].as_str().context("no id")?)?;
             }
             virsh(["destroy", "web"])?.success()?;
             ensure!(none_leased()?, "cycle {cycle}: a lease is left");
-            ensure!(drivers() == before && sysfs::driver(&vf).is_none(), "{:?}", drivers());
+            ensure!(back(), "cycle {cycle}: a device is still on VFIO");
+            if cycle % 5 == 4 {
+                lab.step(format!("{} times started and destroyed", cycle + 1))?;
+            }
         }
-        lab.step(format!("{CYCLES} times started and destroyed: each time all came back"))?;
+        lab.step("each time all came back")?;
 
         virsh(["start", "web"])?.success()?;
         command::run(["systemctl", "restart", "libvirtd"])?.success()?;
@@ -123,7 +124,7 @@ pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
         ensure!(state.trim() == "running", "it is {state}");
         command::run(["systemctl", "start", "vfiod"])?.success()?;
         virsh(["destroy", "web"])?.success()?;
-        ensure!(none_leased()? && drivers() == before, "it is not all back");
+        ensure!(none_leased()? && back(), "it is not all back");
         lab.step("libvirtd was restarted, once beside a stopped vfiod: the domain went on")
     })?;
     command::run(["ip", "link", "set", &link, "down"])?.success()?;

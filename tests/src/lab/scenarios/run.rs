@@ -81,7 +81,7 @@ fn as_a_user(lab: &mut Lab) -> Result<()> {
             .args(monitor)
             .stderr(Stdio::null())
             .spawn()?;
-        std::thread::sleep(Duration::from_millis(u64::from(60 * number)));
+        std::thread::sleep(Duration::from_millis(u64::from(200 * number)));
         launcher.kill()?;
         launcher.wait()?;
         // A call that was under way ends with whom it was for.

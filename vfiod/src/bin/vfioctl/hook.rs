@@ -135,7 +135,8 @@ fn not_leased(domain: &Domain, leases: &[LeaseRecord]) -> Vec<String> {
     let ours = |lease: &&LeaseRecord| {
         lease.vm.as_deref() == Some(domain.uuid.as_str()) && lease.state == "active"
     };
-    let held: Vec<&String> = leases.iter().filter(ours).flat_map(|l| &l.devices).collect();
+    let held = leases.iter().filter(ours).flat_map(|l| l.devices.iter().chain(&l.mediated));
+    let held: Vec<&String> = held.collect();
     domain.devices().into_iter().filter(|device| !held.contains(&device)).collect()
 }
 
@@ -209,6 +210,11 @@ mod tests {
         assert_eq!(not_leased(&domain, &[lease("web", "active")]), both[1..]);
         assert_eq!(not_leased(&domain, &[lease("web", "releasing")]), both);
         assert_eq!(not_leased(&domain, &[lease("db", "active")]), both);
+        let uuid = "c2177883-f1bb-47f0-914d-32a22e3a8804".to_owned();
+        let domain = Domain { functions: Vec::new(), mediated: vec![uuid.clone()], ..domain };
+        assert_eq!(not_leased(&domain, &[lease("web", "active")]), [uuid.as_str()]);
+        let made = LeaseRecord { mediated: vec![uuid], ..lease("web", "active") };
+        assert_eq!(not_leased(&domain, &[made]), [""; 0]);
     }
 
     #[test]
