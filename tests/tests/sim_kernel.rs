@@ -35,7 +35,8 @@ fn write(path: &Path, text: &str) -> Result<(), Errno> {
 /// can be read.
 fn walk(directory: &Path) -> usize {
     let mut seen = 0;
-    for entry in fs::read_dir(directory).unwrap() {
+    let entries = fs::read_dir(directory);
+    for entry in entries.unwrap_or_else(|e| panic!("{}: {e}", directory.display())) {
         let entry = entry.unwrap();
         let path = entry.path();
         let kind =

@@ -99,9 +99,10 @@ impl Kernel {
     pub fn names(&self, path: &str) -> Option<Vec<String>> {
         let mediated = self.mediated_names(path);
         if let Some((address, device, rest)) = self.device_at(path) {
-            let names = self.names_of(address, device, rest).unwrap_or_default();
-            let names: Vec<String> = names.into_iter().chain(mediated).collect();
-            return (!names.is_empty()).then_some(names);
+            let own = self.names_of(address, device, rest);
+            // A directory may be there and have nothing in it.
+            let there = own.is_some() || !mediated.is_empty();
+            return there.then(|| own.into_iter().flatten().chain(mediated).collect());
         }
         let mut names: Vec<String> =
             self.files.names(path).into_iter().flatten().cloned().chain(mediated).collect();
