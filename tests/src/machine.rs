@@ -48,7 +48,16 @@ pub const EDU: Function = function("edu", "0000:00:0a.0", 0x1234, 0x11e8);
 /// A network card like [`NIC`], on NUMA node 1.
 pub const FAR_NIC: Function = function("far-nic", "0000:81:00.0", 0x8086, 0x10c9);
 
-/// Every function above.
+/// SR-IOV disk controllers of the machine for hundreds of virtual functions, on root ports of their
+/// own.
+pub const MANY: [Function; 4] = [
+    function("nvme-1", "0000:01:00.0", 0x1b36, 0x0010),
+    function("nvme-2", "0000:02:00.0", 0x1b36, 0x0010),
+    function("nvme-3", "0000:03:00.0", 0x1b36, 0x0010),
+    function("nvme-4", "0000:04:00.0", 0x1b36, 0x0010),
+];
+
+/// Every function of the machine that scenarios usually have.
 pub const FUNCTIONS: [Function; 10] =
     [NIC, NVME, GPU, GPU_AUDIO, SWITCH_NIC_A, SWITCH_NIC_B, SHARED_NIC, SHARED_DISK, EDU, FAR_NIC];
 
@@ -114,6 +123,8 @@ pub enum Purpose {
     Scenarios,
     /// Benchmarks, which start none.
     Benchmarks,
+    /// Hundreds of virtual functions, of [`MANY`] alone, and no guests.
+    Many,
 }
 
 impl Purpose {
@@ -126,15 +137,51 @@ impl Purpose {
     fn processors(self) -> u8 {
         match self {
             Self::Scenarios => 1,
-            Self::Benchmarks => 2,
+            Self::Benchmarks | Self::Many => 2,
         }
     }
 
-    /// How many virtual functions [`NVME`] can have.
+    /// How many virtual functions [`NVME`], or each of [`MANY`], can have.
     pub fn disk_functions(self) -> u16 {
         match self {
             Self::Scenarios => 4,
             Self::Benchmarks => 64,
+            Self::Many => 127,
+        }
+    }
+
+    /// Memory of both NUMA nodes, in MiB.
+    fn memory(self) -> [u16; 2] {
+        match self {
+            Self::Scenarios | Self::Benchmarks => [1536, 1024],
+            Self::Many => [2560, 512],
+        }
+    }
+
+    /// What its kernel is told beside the usual: the firmware leaves little room for virtual
+    /// functions.
+    pub fn kernel_arguments(self) -> &'static str {
+        match self {
+            Self::Scenarios | Self::Benchmarks => "",
+            Self::Many => " pci=realloc",
+        }
+    }
+
+    /// What can be assigned on it.
+    fn devices(self) -> Vec<Value> {
+        let functions = self.disk_functions();
+        match self {
+            Self::Scenarios | Self::Benchmarks => [
+                nic(),
+                nvme(functions),
+                gpu_with_port(),
+                switch(),
+                switch_without_acs(),
+                vec![json!({"driver": "edu", "id": EDU.id, "bus": "pcie.0", "addr": "0a.0"})],
+                far_node(),
+            ]
+            .concat(),
+            Self::Many => many(functions),
         }
     }
 }
@@ -149,10 +196,6 @@ pub fn arguments(files: &Files, purpose: Purpose) -> Vec<String> {
         "-nodefaults",
         "-display none",
         "-no-reboot",
-        // Two NUMA nodes, the second of memory and devices alone.
-        "-m 2560M",
-        "-object memory-backend-ram,id=memory0,size=1536M",
-        "-object memory-backend-ram,id=memory1,size=1024M",
     ]
     .iter()
     .flat_map(|line| line.split(' '))
@@ -160,6 +203,12 @@ pub fn arguments(files: &Files, purpose: Purpose) -> Vec<String> {
     .collect();
     let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
 
+    // Two NUMA nodes, the second of memory and devices alone.
+    let memory = purpose.memory();
+    option("-m", format!("{}M", memory[0] + memory[1]));
+    for (node, size) in memory.iter().enumerate() {
+        option("-object", format!("memory-backend-ram,id=memory{node},size={size}M"));
+    }
     option("-smp", processors.to_string());
     option("-numa", format!("node,nodeid=0,cpus=0-{},memdev=memory0", processors - 1));
     option("-numa", "node,nodeid=1,memdev=memory1".to_owned());
@@ -170,17 +219,8 @@ pub fn arguments(files: &Files, purpose: Purpose) -> Vec<String> {
     }
     option("-blockdev", r#"{"driver":"null-co","node-name":"void","size":67108864}"#.to_owned());
 
-    let devices = [
-        own_devices(),
-        nic(),
-        nvme(purpose.disk_functions()),
-        gpu_with_port(),
-        switch(),
-        switch_without_acs(),
-        vec![json!({"driver": "edu", "id": EDU.id, "bus": "pcie.0", "addr": "0a.0"})],
-        far_node(),
-    ];
-    for device in devices.into_iter().flatten() {
+    let devices = own_devices().into_iter().chain(purpose.devices());
+    for device in devices {
         option("-device", device.to_string());
     }
     arguments
@@ -213,6 +253,22 @@ fn nvme(functions: u16) -> Vec<Value> {
             "sriov_vq_flexible": functions * 2, "sriov_vi_flexible": functions}),
         json!({"driver": "nvme-ns", "drive": "void", "bus": NVME.id}),
     ]
+}
+
+/// Each in a subsystem of its own, whose virtual functions have queues to share.
+fn many(functions: u16) -> Vec<Value> {
+    let controller = |(at, function): (u8, &Function)| {
+        let (port, subsystem) = (format!("port-{}", function.id), format!("of-{}", function.id));
+        [
+            root_port(&port, "pcie.0", &format!("{:02x}.0", at + 3), at),
+            json!({"driver": "nvme-subsys", "id": subsystem}),
+            json!({"driver": "nvme", "id": function.id, "bus": port, "subsys": subsystem,
+                "serial": function.id, "max_ioqpairs": 256, "msix_qsize": 256,
+                "sriov_max_vfs": functions, "sriov_vq_flexible": functions * 2,
+                "sriov_vi_flexible": functions}),
+        ]
+    };
+    (1..).zip(&MANY).flat_map(controller).collect()
 }
 
 fn gpu_with_port() -> Vec<Value> {

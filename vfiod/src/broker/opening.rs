@@ -45,6 +45,9 @@ impl Broker {
     /// By what the functions of a lease can be opened.
     pub(super) fn interface(&self, lease: &Lease) -> Option<Interface> {
         let functions = self.functions(lease);
+        if functions.is_empty() {
+            return None;
+        }
         vfio::interface(self.host(), functions.iter().map(AsRef::as_ref))
     }
 

@@ -159,6 +159,7 @@ fn qemu(
     log: &Path,
 ) -> Result<Child> {
     let log = File::create(log).with_context(|| log.display().to_string())?;
+    let command_line = format!("{COMMAND_LINE}{}", purpose.kernel_arguments());
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL", "chroot"])
@@ -169,12 +170,12 @@ fn qemu(
         .stderr(log.try_clone()?);
     match console {
         Console::Log => command
-            .args(["-serial", "stdio", "-append", COMMAND_LINE])
+            .args(["-serial", "stdio", "-append", &command_line])
             .stdin(Stdio::null())
             .stdout(log),
         Console::Terminal => command
             .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
-            .args(["-append", &format!("{COMMAND_LINE} lab.shell")]),
+            .args(["-append", &format!("{command_line} lab.shell")]),
     };
     command.spawn().context("starting QEMU")
 }

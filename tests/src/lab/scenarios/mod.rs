@@ -9,6 +9,7 @@ mod device_nodes;
 mod dma;
 mod libvirt;
 mod life;
+mod many;
 mod mediated;
 mod refusals;
 mod run;
@@ -115,6 +116,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("demo", "the product at work, told as a story", demo::run),
     scenario("bench-guests", "what starting guests costs beside libvirt and QEMU", bench::guests)
         .by_name(),
+    scenario("many", "508 virtual functions for eight tenants", many::run).on(Purpose::Many),
     scenario("bench", "what it costs beside the kernel and its peers", bench::run)
         .on(Purpose::Benchmarks),
 ];
