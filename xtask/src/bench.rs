@@ -11,9 +11,11 @@ use vfiod_tests::protocol::BenchRow;
 use crate::{exec, lab, progress};
 
 /// Measures, prints a table, and writes the rows to `json` if it is given.
-pub(crate) fn run(json: Option<&Path>) -> Result<ExitCode> {
-    let mut rows = lab::bench()?;
-    rows.extend(simulated()?);
+pub(crate) fn run(many: bool, json: Option<&Path>) -> Result<ExitCode> {
+    let mut rows = lab::bench(if many { &["bench-many"] } else { &["bench", "bench-guests"] })?;
+    if !many {
+        rows.extend(simulated()?);
+    }
     println!("{}", table(&rows));
     if let Some(path) = json {
         let file = File::create(path).with_context(|| path.display().to_string())?;

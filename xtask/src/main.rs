@@ -41,6 +41,9 @@ enum Chore {
     Demo,
     /// Measure the product and its peers in the lab
     Bench {
+        /// On a machine with hundreds of virtual functions instead, and only what that is for
+        #[arg(long)]
+        many: bool,
         /// Also write the rows to this file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -78,7 +81,7 @@ fn run(chore: &Chore) -> Result<ExitCode> {
         }
         Chore::Lab { action } => lab::run(action.as_ref()),
         Chore::Demo => lab::demo(),
-        Chore::Bench { json } => bench::run(json.as_deref()),
+        Chore::Bench { many, json } => bench::run(*many, json.as_deref()),
         Chore::Fuzz { target, seconds } => fuzz::run(target.as_deref(), *seconds),
         Chore::Test => test::run(),
         Chore::Ci => ci::run(),

@@ -85,11 +85,11 @@ pub(crate) fn demo() -> Result<ExitCode> {
     Ok(summary.exit_code())
 }
 
-/// The rows of the benchmarks, each on its machine.
-pub(crate) fn bench() -> Result<Vec<BenchRow>> {
+/// The rows of scenarios that measure, each on its machine.
+pub(crate) fn bench(names: &[&str]) -> Result<Vec<BenchRow>> {
     let mut rows = Vec::new();
-    for name in ["bench", "bench-guests"] {
-        let bench = Selection::Named(&[name.to_owned()]);
+    for name in names {
+        let bench = Selection::Named(&[(*name).to_owned()]);
         let summary = play(bench, Kernel::Distribution, Voice::Steps)?;
         ensure!(summary.failed == 0, "the benchmark failed");
         rows.extend(summary.rows);

@@ -119,6 +119,8 @@ const SCENARIOS: &[Scenario] = &[
     scenario("many", "508 virtual functions for eight tenants", many::run).on(Purpose::Many),
     scenario("bench", "what it costs beside the kernel and its peers", bench::run)
         .on(Purpose::Benchmarks),
+    scenario("bench-many", "what hundreds of virtual functions cost", bench::hundreds)
+        .on(Purpose::Many),
 ];
 
 /// Every scenario's name, what it shows and what it takes.

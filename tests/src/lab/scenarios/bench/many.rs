@@ -54,7 +54,7 @@ pub(super) fn attach(lab: &mut Lab) -> Result<()> {
             sysfs::write(vf, "driver_override", "\n")
         })?;
         settle()?;
-        ours.push(timed(|| runtime.block_on(lease_all(&manager, &made)))?);
+        ours.push(timed(|| runtime.block_on(lease_all(std::slice::from_ref(&manager), &made)))?);
         runtime.block_on(async {
             for vf in &made {
                 manager.release(vf, Options::new()).await?;
@@ -72,9 +72,13 @@ pub(super) fn attach(lab: &mut Lab) -> Result<()> {
 /// Runs of what takes seconds.
 const FEW: usize = 5;
 
-async fn lease_all(manager: &ManagerProxy<'static>, devices: &[String]) -> Result<()> {
+/// A lease for each, asked for at once over all the connections.
+pub(super) async fn lease_all(
+    managers: &[ManagerProxy<'static>],
+    devices: &[String],
+) -> Result<()> {
     let mut calls = tokio::task::JoinSet::new();
-    for device in devices {
+    for (device, manager) in devices.iter().zip(managers.iter().cycle()) {
         let (manager, device) = (manager.clone(), device.clone());
         calls.spawn(async move {
             manager.attach(&[device.as_str()], "bench", Options::new()).await.map(drop)
@@ -87,7 +91,7 @@ async fn lease_all(manager: &ManagerProxy<'static>, devices: &[String]) -> Resul
 }
 
 /// Does something to each on a thread of its own.
-fn at_once(devices: &[String], act: impl Fn(&str) -> Result<()> + Sync) -> Result<()> {
+pub(super) fn at_once(devices: &[String], act: impl Fn(&str) -> Result<()> + Sync) -> Result<()> {
     std::thread::scope(|scope| {
         let act = &act;
         let threads: Vec<_> =
@@ -98,7 +102,7 @@ fn at_once(devices: &[String], act: impl Fn(&str) -> Result<()> + Sync) -> Resul
     })
 }
 
-async fn device(address: &str) -> Result<DeviceProxy<'static>> {
+pub(super) async fn device(address: &str) -> Result<DeviceProxy<'static>> {
     let connection = zbus::Connection::system().await?;
     let proxy = DeviceProxy::builder(&connection)
         .path(device_path(address.parse()?))

@@ -1,6 +1,7 @@
 //! What the product costs, beside the bare kernel and its peers, in one boot.
 
 mod guests;
+mod hundreds;
 mod many;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,8 @@ const MANY: usize = 60;
 /// Runs of what takes a tenth of a second or more.
 const SOME: usize = 15;
 
+pub(super) use hundreds::run as hundreds;
+
 pub(super) fn run(lab: &mut Lab) -> Result<()> {
     command::run(["modprobe", "vfio-pci"])?.success()?;
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "0")?;
@@ -40,8 +43,8 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     many::enable(lab)?;
     many::attach(lab)?;
     lab.step("listing, memory, starting")?;
-    list(lab)?;
-    memory(lab)?;
+    list(lab, "list")?;
+    memory(lab, "resident-memory")?;
     startup(lab)?;
 
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
@@ -122,7 +125,7 @@ fn each_a_process(lab: &mut Lab, vf: &str) -> Result<()> {
 }
 
 /// All functions with their drivers: whole processes.
-fn list(lab: &mut Lab) -> Result<()> {
+fn list(lab: &mut Lab, name: &str) -> Result<()> {
     let whole =
         |command: &[&str]| timed(|| command::run(command.iter().copied())?.success().map(drop));
     let (mut ours, mut lspci, mut nodedev) = (Vec::new(), Vec::new(), Vec::new());
@@ -131,15 +134,15 @@ fn list(lab: &mut Lab) -> Result<()> {
         lspci.push(whole(&["lspci", "-nnk"])?);
         nodedev.push(whole(&["virsh", "nodedev-list", "--cap", "pci"])?);
     }
-    let mut row = BenchRow::of("list", "ms", &ours);
+    let mut row = BenchRow::of(name, "ms", &ours);
     row.peer_ratios = peers(&row, [("lspci", &lspci), ("nodedev-list", &nodedev)]);
     lab.bench(row)
 }
 
 /// What stays in memory after all of the above.
-fn memory(lab: &mut Lab) -> Result<()> {
+fn memory(lab: &mut Lab, name: &str) -> Result<()> {
     let ours = [resident("vfiod.service")?];
-    let mut row = BenchRow::of("resident-memory", "MiB", &ours);
+    let mut row = BenchRow::of(name, "MiB", &ours);
     row.peer_ratios = peers(&row, [("libvirtd", &[resident("libvirtd.service")?])]);
     lab.bench(row)
 }
