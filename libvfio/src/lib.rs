@@ -37,6 +37,7 @@ pub mod inventory;
 pub mod iommu;
 pub mod memlock;
 pub mod protection;
+pub mod scrub;
 pub mod shape;
 
 pub mod backend;

@@ -1,12 +1,14 @@
 //! From what is and what is asked to the steps that lead there, or the reasons not to.
 //! Pure: reads nothing, changes nothing.
 
+mod cleaning;
 mod mediated;
 mod policy;
 mod reasons;
 mod shaping;
 mod virtual_functions;
 
+pub use cleaning::{resets, scrubs};
 pub use policy::{Kind, Lead, Standing, Unit, Wish, policy, policy_leads, policy_unit};
 pub use virtual_functions::virtual_functions;
 

@@ -2,6 +2,7 @@
 //! `execute.rs` alone.
 
 mod execute;
+mod health;
 
 use std::fmt;
 use std::io;
@@ -55,10 +56,21 @@ pub enum Step {
         /// The driver.
         driver: String,
     },
-    /// Reset the function through VFIO, alone if it can, else with all that share its bus.
+    /// Reset a function that is on VFIO, by the first of its methods that works, or by its bus; then
+    /// see that it is the one it was, and as well as it was.
     Reset {
         /// The function.
         device: PciAddress,
+        /// The others on its bus, where only all of them can be reset together. Empty: it alone.
+        #[serde(default)]
+        with: Vec<PciAddress>,
+    },
+    /// Write zeros over all memory of a function that is on VFIO, and read all of it back.
+    Scrub {
+        /// The function.
+        device: PciAddress,
+        /// The region that its memory is reached through.
+        bar: u8,
     },
     /// Say whether host drivers are offered a physical function's new virtual functions.
     SetAutoprobe {
@@ -250,7 +262,7 @@ impl StepError {
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
         match (&self.step, &*self.cause) {
-            (Step::Reset { .. }, _) => ErrorKind::ResetFailed,
+            (Step::Reset { .. } | Step::Scrub { .. }, _) => ErrorKind::ResetFailed,
             (Step::CheckViable { .. }, _) => ErrorKind::NotViable,
             (Step::Shape { .. }, Cause::Kernel { errno: Errno::EINVAL | Errno::ERANGE }) => {
                 ErrorKind::InvalidArgument
@@ -295,7 +307,15 @@ impl fmt::Display for Step {
                 write!(f, "clear driver_override of {device} (was {})", or_none(from.as_ref()))
             }
             Self::Bind { device, driver } => write!(f, "bind {device} to {driver}"),
-            Self::Reset { device } => write!(f, "reset {device}"),
+            Self::Reset { device, with } if with.is_empty() => write!(f, "reset {device}"),
+            Self::Reset { device, with } => {
+                write!(f, "reset {device}")?;
+                with.iter().try_for_each(|other| write!(f, ", {other}"))?;
+                write!(f, " by their bus")
+            }
+            Self::Scrub { device, bar } => {
+                write!(f, "write zeros over the memory of {device} (BAR {bar})")
+            }
             Self::SetAutoprobe { device, to: true, .. } => {
                 write!(f, "offer new virtual functions of {device} to host drivers")
             }
@@ -345,13 +365,14 @@ fn or_none(name: Option<&String>) -> &str {
 
 impl Step {
     /// The words of all kinds of steps.
-    pub const KINDS: [&str; 15] = [
+    pub const KINDS: [&str; 16] = [
         "load-module",
         "unbind-lock",
         "unbind",
         "set-override",
         "bind",
         "reset",
+        "scrub",
         "set-autoprobe",
         "set-virtual-functions",
         "shape",
@@ -372,6 +393,7 @@ impl Step {
             Self::SetOverride { .. } => "set-override",
             Self::Bind { .. } => "bind",
             Self::Reset { .. } => "reset",
+            Self::Scrub { .. } => "scrub",
             Self::SetAutoprobe { .. } => "set-autoprobe",
             Self::SetVirtualFunctions { .. } => "set-virtual-functions",
             Self::Shape { .. } => "shape",
@@ -396,7 +418,8 @@ impl Step {
             | Self::Shape { device, .. }
             | Self::NodeAccess { device, .. }
             | Self::Tune { device, .. }
-            | Self::Reset { device } => Some(*device),
+            | Self::Scrub { device, .. }
+            | Self::Reset { device, .. } => Some(*device),
             Self::LoadModule { .. }
             | Self::LockMemory { .. }
             | Self::CreateMediated { .. }
@@ -411,6 +434,19 @@ impl Step {
             Self::CreateMediated { uuid, .. } | Self::RemoveMediated { uuid, .. } => Some(*uuid),
             _ => None,
         }
+    }
+
+    /// Functions that it changes beside that one.
+    pub fn others(&self) -> &[PciAddress] {
+        match self {
+            Self::Reset { with, .. } => with,
+            _ => &[],
+        }
+    }
+
+    /// Whether it is there so that nothing is left of a tenant.
+    pub fn is_cleaning(&self) -> bool {
+        matches!(self, Self::Reset { .. } | Self::Scrub { .. })
     }
 
     /// Whether it changes what configuration space says for as long as the function is there.
@@ -430,8 +466,8 @@ impl Step {
     }
 
     /// The step that takes this one back; `None` where nothing needs to be. A loaded module stays,
-    /// the unbind lock ends with the binding and a limit with its process, a reset cannot be undone,
-    /// a check changed nothing.
+    /// the unbind lock ends with the binding and a limit with its process, what was reset or scrubbed
+    /// cannot be undone, a check changed nothing.
     pub fn inverse(&self) -> Option<Self> {
         match self {
             Self::Unbind { device, driver } => {
@@ -471,6 +507,7 @@ impl Step {
             Self::LoadModule { .. }
             | Self::UnbindLock { .. }
             | Self::Reset { .. }
+            | Self::Scrub { .. }
             | Self::LockMemory { .. }
             | Self::CheckViable { .. } => None,
         }
@@ -550,8 +587,8 @@ impl Step {
             (Self::Tune { setting: Tunable::ResetMethod, .. }, _) => {
                 "name reset methods that it has ('vfioctl show')".to_owned()
             }
-            (Self::Reset { .. }, _) => {
-                "the device may need its power cycled; do not give it to another tenant".to_owned()
+            (Self::Reset { device, .. } | Self::Scrub { device, .. }, _) => {
+                format!("the device may need its power cycled; 'vfioctl heal {device}' tries again")
             }
             (
                 Self::CreateMediated { .. },

@@ -1,9 +1,12 @@
-//! VFIO's device nodes: group status, device reset, and handing nodes to programs.
+//! VFIO's device nodes: group status, resets by bus, device memory, and handing nodes to
+//! programs.
 //! Opens nodes below `/dev/vfio` and closes them before returning, so that it never stands in a
 //! VMM's way; only `nodes` opens any for somebody else. The ioctls that vfio-ioctls lacks are
 //! written out here (`include/uapi/linux/vfio.h`).
 
 mod nodes;
+mod opened;
+mod scrub;
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -19,6 +22,8 @@ use crate::pci::Function;
 
 pub(crate) use nodes::nodes_of;
 pub use nodes::{Interface, Node, interface, nodes, open_iommu, open_nodes};
+pub(crate) use opened::hot_reset;
+pub(crate) use scrub::zero;
 
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -41,7 +46,6 @@ mod ioctls {
         nix::request_code_none!(TYPE, BASE + 3),
         RawGroupStatus
     );
-    nix::ioctl_none_bad!(device_reset, nix::request_code_none!(TYPE, BASE + 11));
 }
 
 /// Asks VFIO whether a group may go to a guest (`VFIO_GROUP_GET_STATUS`). Opening the group node is
@@ -74,16 +78,6 @@ fn viable_by_drivers(host: &HostRoot, group: u32) -> Result<bool, Error> {
     let members = host.sys(format!("kernel/iommu_groups/{group}/devices")).list()?;
     let functions = members.iter().filter_map(|name| Function::read(host, name.parse().ok()?));
     Ok(functions.into_iter().all(|f| f.driver.is_none() || f.on_vfio() || f.is_pci_bridge()))
-}
-
-/// Resets a function that is on a VFIO driver by its own means; functions that only a bus reset
-/// reaches answer `ENOTTY`. vfio-ioctls has this request too, but drops its errno.
-pub fn reset(host: &HostRoot, function: &Function) -> Result<(), Error> {
-    let device = open_device(host, function)?;
-    // SAFETY: the descriptor is that of an open VFIO device; the request takes no argument.
-    unsafe { ioctls::device_reset(device.as_raw_fd()) }
-        .map_err(|errno| refused(function, &format!("VFIO_DEVICE_RESET answered {errno}")))?;
-    Ok(())
 }
 
 fn open_device(host: &HostRoot, function: &Function) -> Result<VfioDevice, Error> {

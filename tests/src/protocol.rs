@@ -184,6 +184,8 @@ pub enum ToGuest {
         /// The seed it was written with.
         seed: u64,
     },
+    /// Count the bytes of video memory that are zero; answered by `Video`.
+    ZeroVideo,
     /// Load the network driver and wait for an interface; answered by `Interfaces`.
     Network,
     /// Power off.

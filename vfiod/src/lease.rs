@@ -6,6 +6,7 @@ use std::fmt;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{LeaseRecord, StepRecord};
+use libvfio::inventory::Inventory;
 use libvfio::mediated::{TypeName, Uuid};
 use libvfio::pci::{Binding, Identity};
 use libvfio::plan;
@@ -39,6 +40,9 @@ pub struct Lease {
     /// What the daemon does with the devices, if they are for no tenant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<String>,
+    /// What is not to be done to its functions when it ends.
+    #[serde(default, skip_serializing_if = "Skipped::is_nothing")]
+    pub skipped: Skipped,
     /// By what its functions can be opened, known once they are on VFIO.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<Interface>,
@@ -51,6 +55,22 @@ pub struct Lease {
     pub forward: Vec<Recorded>,
     /// The way back, once it has begun; likewise.
     pub backward: Vec<Recorded>,
+}
+
+/// What is left out, by request, of what leaves nothing of a tenant.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// The resets.
+    pub reset: bool,
+    /// Clearing device memory.
+    pub scrub: bool,
+}
+
+impl Skipped {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // What serde asks for.
+    fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Where a lease is in its life.
@@ -148,6 +168,24 @@ impl Lease {
     pub fn way_back(&self) -> Vec<Recorded> {
         let begun = self.forward.iter().take_while(|r| r.outcome.is_some()).count() + 1;
         Recorded::todo(plan::undo(self.forward.iter().take(begun).map(|r| &r.step)))
+    }
+
+    /// The way back from a guest: nobody may open its functions any more, nothing of its tenant is
+    /// left in them, and then whatever was done is taken back.
+    pub fn way_home(&self, inventory: &Inventory) -> Vec<Recorded> {
+        let (closing, back): (Vec<Recorded>, Vec<Recorded>) =
+            self.way_back().into_iter().partition(|r| matches!(r.step, Step::NodeAccess { .. }));
+        // One that was never whole was nobody's.
+        let used = self.forward.iter().all(|recorded| recorded.outcome.is_some());
+        let devices: BTreeSet<PciAddress> = self.devices.keys().copied().collect();
+        let mut cleaning = Vec::new();
+        if used && self.task.is_none() && !self.skipped.reset {
+            cleaning.extend(plan::resets(inventory, &devices));
+        }
+        if used && self.task.is_none() && !self.skipped.scrub {
+            cleaning.extend(plan::scrubs(inventory, &devices));
+        }
+        closing.into_iter().chain(Recorded::todo(cleaning)).chain(back).collect()
     }
 
     /// The functions that a step to the guest was, or may have been, done to.

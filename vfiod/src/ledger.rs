@@ -231,6 +231,7 @@ mod tests {
             failure: None,
             bound: None,
             task: None,
+            skipped: crate::lease::Skipped::default(),
             interface: None,
             devices: std::collections::BTreeMap::new(),
             mediated: std::collections::BTreeMap::new(),

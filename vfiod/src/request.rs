@@ -43,13 +43,15 @@ pub struct AttachOptions {
     pub allow_protected: bool,
     /// Let the caller's user open the functions' nodes, for the time of the lease.
     pub node_access: bool,
+    /// Leave device memory as the tenant leaves it, also where it can be cleared.
+    pub no_scrub: bool,
 }
 
 /// Options of releasing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ReleaseOptions {
-    /// Reset the functions that can be reset by themselves before they leave VFIO.
-    pub reset: bool,
+    /// Reset nothing: what the tenant left in the functions stays there.
+    pub no_reset: bool,
     /// Answer when all has ended, however long devices are held open.
     pub wait: bool,
 }
@@ -156,6 +158,7 @@ impl AttachOptions {
                 "adopt" => options.adopt = flag(key, value)?,
                 "allow_protected" => options.allow_protected = flag(key, value)?,
                 "node_access" => options.node_access = flag(key, value)?,
+                "no_scrub" => options.no_scrub = flag(key, value)?,
                 "vf_of" => options.vf_of = Some(text(key, value)?),
                 "count" => options.count = Some(number(key, value)?),
                 "pid" => options.pid = Some(number(key, value)?),
@@ -195,12 +198,13 @@ impl AttachOptions {
 }
 
 fn unknown_to_attach(key: &str) -> Failure {
-    const KNOWN: [&str; 9] = [
+    const KNOWN: [&str; 10] = [
         "vm",
         "whole_group",
         "adopt",
         "allow_protected",
         "node_access",
+        "no_scrub",
         "vf_of",
         "count",
         "pid",
@@ -216,9 +220,9 @@ impl ReleaseOptions {
         let mut options = Self::default();
         for (key, value) in raw {
             match key.as_str() {
-                "reset" => options.reset = flag(key, value)?,
+                "no_reset" => options.no_reset = flag(key, value)?,
                 "wait" => options.wait = flag(key, value)?,
-                _ => return Err(unknown(key, &["reset", "wait"])),
+                _ => return Err(unknown(key, &["no_reset", "wait"])),
             }
         }
         Ok(options)

@@ -54,6 +54,15 @@ pub enum Stopped {
 }
 
 impl Stopped {
+    /// The step that was not carried out, if it was one.
+    pub fn step(&self) -> Option<&Step> {
+        match self {
+            Self::Step(error) => Some(&error.step),
+            Self::Late { step, .. } | Self::Lost { step, .. } => Some(step),
+            Self::Ledger(_) | Self::Stranger(_) => None,
+        }
+    }
+
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -233,6 +242,7 @@ impl Walk<'_> {
                 Err(error) => {
                     warn!(lease = lease.id, step = step.name(), %error, "a step back failed");
                     stuck.insert(device);
+                    stuck.extend(step.others());
                     failures.push((device, error));
                 }
             }
@@ -277,7 +287,7 @@ fn is_worth_more(lease: &Lease, why: &Stopped) -> bool {
         Stopped::Lost { step, .. } => step,
         Stopped::Ledger(_) | Stopped::Late { .. } | Stopped::Stranger(_) => return false,
     };
-    lease.failure.is_none() && !matches!(step, Step::Reset { .. })
+    lease.failure.is_none() && !step.is_cleaning()
 }
 
 /// A step that was carried out.

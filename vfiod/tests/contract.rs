@@ -44,6 +44,7 @@ fn failed_lease() -> Lease {
         failure: None,
         bound: None,
         task: None,
+        skipped: vfiod::lease::Skipped::default(),
         interface: None,
         devices: BTreeMap::new(),
         mediated: BTreeMap::new(),

@@ -296,6 +296,19 @@ pub fn virtual_functions(host: &HostRoot, physical: PciAddress) -> Vec<PciAddres
     found
 }
 
+/// The six base address registers of a function that is no bridge, as it has them now.
+pub(crate) fn base_addresses(host: &HostRoot, address: PciAddress) -> Option<[u32; 6]> {
+    let file = host.function(address).open("config").ok()??;
+    let mut bytes = [0; 24];
+    file.read_exact_at(&mut bytes, 0x10).ok()?;
+    let (registers, _) = bytes.as_chunks::<4>();
+    let mut addresses = [0; 6];
+    for (address, register) in addresses.iter_mut().zip(registers) {
+        *address = u32::from_le_bytes(*register);
+    }
+    Some(addresses)
+}
+
 /// Interrupt vectors (MSI-X) a function has now: the one thing in configuration space that a physical
 /// function may change for a virtual one.
 pub(crate) fn msix_vectors(host: &HostRoot, address: PciAddress) -> Option<u16> {

@@ -4,12 +4,15 @@
 
 use std::process::Command;
 
+use super::health::Health;
 use super::{Cause, Outcome, Step, Tunable};
 use crate::address::PciAddress;
 use crate::backend::{Handle, Maker, SRIOV_MANAGE};
 use crate::error::Error;
 use crate::holders;
-use crate::host::{HostRoot, LOAD_MODULE, SIMULATED_SRIOV_MANAGE};
+use crate::host::{
+    HostRoot, LOAD_MODULE, SIMULATED_HOT_RESET, SIMULATED_MEMORY, SIMULATED_SRIOV_MANAGE,
+};
 use crate::mediated::{self, TypeName, Uuid};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
@@ -28,7 +31,8 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
             set_override(host, *device, from.as_deref(), to.as_deref())
         }
         Step::Bind { device, driver } => bind(host, *device, driver),
-        Step::Reset { device } => reset(host, *device),
+        Step::Reset { device, with } => reset(host, *device, with),
+        Step::Scrub { device, bar } => scrub(host, *device, *bar),
         Step::SetAutoprobe { device, from, to } => set_autoprobe(host, *device, *from, *to),
         Step::SetVirtualFunctions { device, from, to, by } => {
             set_virtual_functions(host, *device, *by, *from, *to)
@@ -163,14 +167,52 @@ fn nobody_uses(host: &HostRoot, device: PciAddress) -> Done {
     }
 }
 
-fn reset(host: &HostRoot, device: PciAddress) -> Done {
-    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    vfio::reset(host, &function)?;
-    let after = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    if after.is_silent() {
-        return read_back(Some("a device that answers"), Some("all ones in its config space"));
+/// By `reset`, which tries the function's own methods in the kernel's order (`reset_store`,
+/// `drivers/pci/pci-sysfs.c`) and knows none that would reset others too; those VFIO resets. Never
+/// under a driver of the host, which would be left with a device that has forgotten all.
+fn reset(host: &HostRoot, device: PciAddress, with: &[PciAddress]) -> Done {
+    let read = |address: &PciAddress| {
+        let health = Health::read(host, *address);
+        health.ok_or_else(|| changed(Some(&address.to_string()), None))
+    };
+    let all: Vec<PciAddress> = [device].iter().chain(with).copied().collect();
+    let before = all.iter().map(read).collect::<Result<Vec<Health>, Cause>>()?;
+    for function in before.iter().map(Health::function) {
+        if function.driver.is_some() && !function.on_vfio() {
+            return Err(changed(Some("VFIO"), function.driver.as_deref()));
+        }
+    }
+    let done = match with {
+        [] => host.function(device).write("reset", "1"),
+        _ if host.is_real() => vfio::hot_reset(host, &all),
+        _ => host.write(SIMULATED_HOT_RESET, &device.to_string()),
+    };
+    done.map_err(|e| Cause::kernel(&e))?;
+    for (address, health) in all.iter().zip(before) {
+        health.compare(Health::read(host, *address).as_ref())?;
     }
     Ok(Outcome::Done)
+}
+
+fn scrub(host: &HostRoot, device: PciAddress, bar: u8) -> Done {
+    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
+    if !function.on_vfio() {
+        return Err(changed(Some("VFIO"), function.driver.as_deref()));
+    }
+    let left = if host.is_real() {
+        vfio::zero(host, &function, bar)?
+    } else {
+        host.write(SIMULATED_MEMORY, &device.to_string()).map_err(|e| Cause::kernel(&e))?;
+        let soiled = host.text(SIMULATED_MEMORY)?.unwrap_or_default();
+        soiled.lines().any(|line| line == device.to_string()).then_some(0)
+    };
+    match left {
+        None => Ok(Outcome::Done),
+        Some(at) => Err(Cause::ReadBack {
+            wanted: "zeros throughout".to_owned(),
+            found: format!("something else at {at:#x}"),
+        }),
+    }
 }
 
 fn set_autoprobe(host: &HostRoot, device: PciAddress, from: bool, to: bool) -> Done {

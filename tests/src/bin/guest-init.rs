@@ -49,6 +49,9 @@ fn serve() -> Result<()> {
                 write_pattern(memory, seed);
                 matching_bytes(memory, seed)
             }),
+            ToGuest::ZeroVideo => with_video(video.as_deref(), |memory| {
+                memory.iter().filter(|word| **word == 0).count() * 8
+            }),
             ToGuest::Network => interfaces(),
             ToGuest::ReadVideo { seed } => {
                 with_video(video.as_deref(), |memory| matching_bytes(memory, seed))

@@ -119,6 +119,11 @@ impl Guest {
         Ok(self.video(ToGuest::ReadVideo { seed })?.1)
     }
 
+    /// How many bytes of video memory are zero, in words of eight.
+    pub fn zero_video(&mut self) -> Result<usize> {
+        Ok(self.video(ToGuest::ZeroVideo)?.1)
+    }
+
     /// Has the guest load its network driver; the addresses of its interfaces.
     pub fn network(&mut self) -> Result<Vec<String>> {
         self.send(ToGuest::Network)?;

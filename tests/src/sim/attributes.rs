@@ -183,7 +183,11 @@ impl Kernel {
             subordinate: self.subordinate.get(&function.address).copied().unwrap_or(0),
             asleep: asleep(device) && self.held(device).is_none(),
         };
-        config::bytes(function, &state)
+        let bytes = config::bytes(function, &state);
+        match device.damage {
+            None => bytes,
+            Some(damage) => config::damaged(bytes, damage),
+        }
     }
 
     /// Files in folders of a function's directory, with their texts. A path that ends in `/` is an

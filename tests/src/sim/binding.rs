@@ -102,6 +102,8 @@ impl Kernel {
         }
         if let Some(device) = self.devices.get_mut(&address) {
             (device.driver, device.vfio) = (Some(name), number);
+            // Whoever gets it now may leave something in it.
+            device.soiled |= vfio;
         }
         self.announce(Action::Bind, address);
         for (class, name, path) in self.members_of(address) {

@@ -2,6 +2,7 @@
 //! Register layouts are those of `linux/pci_regs.h`.
 
 use super::described::{Express, Function, Sriov};
+use super::fault::Damage;
 use super::notation::IdPair;
 use super::resource::Region;
 
@@ -37,6 +38,28 @@ pub(super) fn bytes(function: &Function, state: &State<'_>) -> Vec<u8> {
         space.extended(function, state);
     }
     space.bytes
+}
+
+/// The same of a function that did not come back well.
+pub(super) fn damaged(mut bytes: Vec<u8>, damage: Damage) -> Vec<u8> {
+    match damage {
+        Damage::Silent => bytes.fill(0xff),
+        Damage::OtherIds => bytes[0x02] ^= 0xff,
+        Damage::NoAddresses => bytes[0x10..0x28].fill(0),
+        Damage::HalfLink => {
+            let mut at = usize::from(bytes[0x34]);
+            while at != 0 && bytes[at] != 0x10 {
+                at = usize::from(bytes[at + 1]);
+            }
+            // Lanes are from bit 4 on.
+            if at != 0 {
+                let fields = u16::from_le_bytes([bytes[at + 0x12], bytes[at + 0x13]]);
+                let halved = fields & 0xf | (fields >> 4) / 2 << 4;
+                bytes[at + 0x12..at + 0x14].copy_from_slice(&halved.to_le_bytes());
+            }
+        }
+    }
+    bytes
 }
 
 struct Space {

@@ -21,8 +21,10 @@ pub enum Operation {
     NumVfs,
     /// A write to `sriov_drivers_autoprobe`.
     Autoprobe,
-    /// A write to `reset`.
+    /// A write to `reset`, or a reset of a bus, which is of the function it is asked for.
     Reset,
+    /// Clearing a function's memory.
+    Scrub,
     /// A write to `remove`.
     Remove,
     /// A write to nvidia's `unbindLock`.
@@ -51,6 +53,8 @@ pub enum Effect {
     Errno(Errno),
     /// It reports success, and nothing changes.
     SucceedWithoutEffect,
+    /// It is done, and afterwards the function is like this.
+    Spoil(Damage),
     /// It reports success, and afterwards this driver has the function.
     BindOther(String),
     /// It does not return, uninterruptibly, until [`let_go`](super::Sim::let_go) has it done.
@@ -61,6 +65,19 @@ pub enum Effect {
     KillBefore,
     /// It is done, and the process that did it is killed before it hears of that.
     KillAfter,
+}
+
+/// What a function looks like that did not come back well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Damage {
+    /// Its configuration space reads all ones.
+    Silent,
+    /// It says that it is another kind of device.
+    OtherIds,
+    /// Its link has half the lanes.
+    HalfLink,
+    /// Its base addresses are lost.
+    NoAddresses,
 }
 
 /// A fault. It strikes once.
@@ -118,6 +135,13 @@ impl Kernel {
         match fault.effect {
             Effect::Errno(errno) => Err(errno.into()),
             Effect::SucceedWithoutEffect => Ok(nothing),
+            Effect::Spoil(damage) => {
+                let done = act(self)?;
+                if let Some(device) = device.and_then(|device| self.devices.get_mut(&device)) {
+                    device.damage = Some(damage);
+                }
+                Ok(done)
+            }
             Effect::BlockForever => Err(Stop::Forever),
             Effect::KillBefore => Err(Stop::Killed),
             Effect::KillAfter => act(self).and(Err(Stop::Killed)),

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use super::described::{Described, Driver, Function, moved};
 use super::event::{Action, Uevent};
-use super::fault::{Fault, Faults};
+use super::fault::{Damage, Fault, Faults};
 use super::files::Files;
 use super::mediated::Part;
 use super::notation::IdPair;
@@ -69,6 +69,10 @@ pub(super) struct Device {
     pub(super) d3cold_allowed: bool,
     pub(super) power_control: String,
     pub(super) unbind_lock: bool,
+    /// Somebody may have left something in its memory.
+    pub(super) soiled: bool,
+    /// What a reset has made of it.
+    pub(super) damage: Option<Damage>,
     /// What it has of what its physical function shares out.
     pub(super) given: Given,
     /// What a physical function gives each virtual one by files of its own.
@@ -292,6 +296,8 @@ impl Kernel {
             d3cold_allowed: true,
             power_control: "on".into(),
             unbind_lock: false,
+            soiled: false,
+            damage: None,
             given: Given::with(description.vectors),
             profiles: vec![
                 Profile::default();

@@ -43,7 +43,7 @@ pub use described::{
     Msix, Parent, PartType, Process, SCALE, Sriov, VGPU, Vgpu, VgpuType, WORKSTATION, XE, Xe,
 };
 pub use event::{Action, Uevent};
-pub use fault::{Effect, Fault, Operation};
+pub use fault::{Damage, Effect, Fault, Operation};
 pub use kernel::{Answer, Kernel, Stop, Written};
 pub use notation::{BarSize, IdPair, IdPattern, Malformed};
 pub use open::Opener;

@@ -72,6 +72,8 @@ impl Kernel {
             ["sys", "bus", "pci", "drivers", _, "unbind"] => {
                 Some((Operation::Unbind, Some(self.find(text)?)))
             }
+            ["sim", "hot-reset"] => Some((Operation::Reset, Some(self.find(text)?))),
+            ["sim", "memory"] => Some((Operation::Scrub, Some(self.find(text)?))),
             ["sim", "load-module"] => Some((Operation::LoadModule, None)),
             ["sim", "sriov-manage"] => {
                 Some((Operation::NumVfs, Some(self.find(text.split(' ').nth(1)?)?)))
@@ -101,6 +103,13 @@ impl Kernel {
             // No file of a kernel: what modprobe would do.
             ["sim", "load-module"] => {
                 self.load(&text.trim_end_matches('\n').replace('-', "_"))?;
+                NOW
+            }
+            // Nor these: what VFIO does on a device that somebody opens.
+            ["sim", "hot-reset"] => self.hot_reset(text),
+            ["sim", "memory"] => {
+                let address = self.find(text).ok_or(Errno::ENODEV)?;
+                self.devices.get_mut(&address).ok_or(Errno::ENODEV)?.soiled = false;
                 NOW
             }
             // Nor this: what NVIDIA's program would do.
@@ -150,10 +159,47 @@ impl Kernel {
             return Err(Errno::EINVAL.into());
         }
         let device = self.devices.get(&address).ok_or(Errno::ENODEV)?;
-        if device.reset_methods.is_empty() {
+        // A bus that others are on is not reset for one (`pci_parent_bus_reset`).
+        let by_bus = |method: &String| matches!(method.as_str(), "bus" | "cxl_bus");
+        let alone = device.parent.is_some() && self.on_bus(address).len() == 1;
+        if !device.reset_methods.iter().any(|method| !by_bus(method) || alone) {
             return Err(Errno::ENOTTY.into());
         }
+        self.heal(&[address]);
         Ok(self.delay(100))
+    }
+
+    /// `vfio_pci_ioctl_pci_hot_reset`: whoever asks must have the groups of all that is reset.
+    fn hot_reset(&mut self, text: &str) -> Answer {
+        let address = self.find(text).ok_or(Errno::ENODEV)?;
+        let device = &self.devices[&address];
+        if device.parent.is_none() || device.physical.is_some() || device.vfio.is_none() {
+            return Err(Errno::ENODEV.into());
+        }
+        let all = self.on_bus(address);
+        let foreign = |other: &PciAddress| {
+            let other = &self.devices[other];
+            other.driver.is_some() && other.vfio.is_none()
+        };
+        if all.iter().any(foreign) {
+            return Err(Errno::EPERM.into());
+        }
+        self.heal(&all);
+        Ok(self.delay(100))
+    }
+
+    fn on_bus(&self, address: PciAddress) -> Vec<PciAddress> {
+        let bus = |address: &PciAddress| (address.domain(), address.bus());
+        self.devices.keys().copied().filter(|other| bus(other) == bus(&address)).collect()
+    }
+
+    /// A reset brings back what an earlier one has spoilt.
+    fn heal(&mut self, functions: &[PciAddress]) {
+        for address in functions {
+            if let Some(device) = self.devices.get_mut(address) {
+                device.damage = None;
+            }
+        }
     }
 
     /// `reset_method_store`: a subset of what the device can, `default` for all, nothing for none.

@@ -48,7 +48,8 @@ impl Kernel {
                 Some(Entry::Link(format!("../../../devices/{}", device.path)))
             }
             ["sys", "bus", "pci", "drivers_probe" | "rescan"]
-            | ["sim", "load-module" | "sriov-manage"] => Some(Entry::File(0o200)),
+            | ["sim", "load-module" | "sriov-manage" | "hot-reset"] => Some(Entry::File(0o200)),
+            ["sim", "memory"] => Some(Entry::File(0o600)),
             ["sys", "bus", "pci", "drivers", name] => self.driver(name).map(|_| Entry::Directory),
             ["sys", "bus", "pci", "drivers", driver, name] => {
                 if DRIVER_FILES.contains(name) && self.driver(driver).is_some() {
@@ -140,7 +141,8 @@ impl Kernel {
                 let members = self.members.keys().filter(|(known, _)| known == class);
                 names.extend(members.map(|(_, name)| name.clone()));
             }
-            ["sim"] => names.extend(["load-module".into(), "sriov-manage".into()]),
+            ["sim"] => names
+                .extend(["load-module", "sriov-manage", "hot-reset", "memory"].map(str::to_owned)),
             ["dev", "vfio"] => {
                 let groups = self.vfio.values().filter_map(|a| self.devices.get(a)?.group);
                 let mut groups: Vec<u32> = groups.collect();
@@ -170,6 +172,12 @@ impl Kernel {
         }
     }
 
+    /// The functions whose memory may have something of somebody's in it, a line each.
+    fn soiled(&self) -> String {
+        let soiled = self.devices.iter().filter(|(_, device)| device.soiled);
+        soiled.map(|(address, _)| format!("{address}\n")).collect()
+    }
+
     fn read_whole(&self, path: &str) -> Result<Vec<u8>, Stop> {
         // VFIO's nodes have no read of their own; what else is not there was when it was opened.
         let node = self.entry(path) == Some(Entry::Node);
@@ -195,6 +203,9 @@ impl Kernel {
                 .into_iter()
                 .find(|(file, ..)| file == rest)
                 .map(|(.., text)| text.into());
+        }
+        if path == "sim/memory" {
+            return Some(self.soiled().into());
         }
         if path.starts_with("sys/kernel/iommu_groups/") {
             return Some("DMA-FQ\n".into());

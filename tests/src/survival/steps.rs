@@ -63,6 +63,7 @@ pub fn places<'a>(
             Step::SetOverride { .. } => Operation::Override,
             Step::Bind { .. } => Operation::Bind,
             Step::Reset { .. } => Operation::Reset,
+            Step::Scrub { .. } => Operation::Scrub,
             Step::SetAutoprobe { .. } => Operation::Autoprobe,
             Step::SetVirtualFunctions { .. } => Operation::NumVfs,
             Step::Shape { .. } => Operation::Setting,

@@ -9,7 +9,6 @@ use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::holders;
-use libvfio::inventory::Inventory;
 use libvfio::pci::{Function, Identity};
 use libvfio::step::{Cause, Step};
 use nix::errno::Errno;
@@ -18,7 +17,7 @@ use tracing::{error, info, warn};
 use super::leasing::{Late, all, done};
 use super::{Broker, Change, Data, Reply, internal};
 use crate::history::Event;
-use crate::lease::{Bound, Lease, Recorded, State};
+use crate::lease::{Bound, Lease, State};
 use crate::owner::Process;
 use crate::request::ReleaseOptions;
 use crate::transition::{Stopped, Walk};
@@ -67,7 +66,7 @@ impl Broker {
             Some(State::Failed) => return self.dismiss(id),
             Some(State::Active | State::Preparing | State::Releasing | State::Wedged) => {}
         }
-        let begun = begin(&mut self.data(), id, options.reset, None);
+        let begun = begin(&mut self.data(), id, options.no_reset, None);
         let Some(lease) = begun else { return self.await_end(id, wait) };
         self.apart(move |broker, reply| {
             let early = |failure: Failure| {
@@ -148,6 +147,7 @@ impl Broker {
         self.await_holders(&walk, &mut lease, early);
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);
+        self.distrust_unclean(&failures);
         info!(
             lease = lease.id,
             tenant = lease.tenant,
@@ -245,6 +245,15 @@ impl Broker {
         Some(format!("{who} holds IOMMU group {group}"))
     }
 
+    /// Keeps those from leases to come that may have something left of a tenant, or are not well.
+    fn distrust_unclean(&self, failures: &[Stopped]) {
+        for failure in failures {
+            let Some(step) = failure.step().filter(|step| step.is_cleaning()) else { continue };
+            let devices = step.device().into_iter().chain(step.others().iter().copied());
+            self.quarantine_devices(devices, &failure.to_string());
+        }
+    }
+
     /// Devices at a lease's addresses that are not the lease's.
     pub(super) fn strangers(&self, lease: &Lease) -> BTreeSet<PciAddress> {
         self.refresh(lease.devices.keys().copied());
@@ -333,13 +342,14 @@ impl Broker {
         let walk = self.walker.walk(&lease.id, &late);
         lease.state = State::Releasing;
         if lease.backward.is_empty() {
-            lease.backward = lease.way_back();
+            lease.backward = lease.way_home(&self.inventory());
         }
         self.data().leases.insert(lease.id.clone(), lease.clone());
         self.await_holders(&walk, &mut lease, &|_| {});
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);
         self.renumbered_back(&lease);
+        self.distrust_unclean(&failures);
         let mut reason = format!("the daemon stopped while it was {}", state.name());
         if !failures.is_empty() {
             reason = format!("{reason}; {}", all(&failures));
@@ -361,19 +371,12 @@ impl Broker {
 
 /// Begins the end of an active lease, with `failure` as why it will have failed. `None` if it is
 /// not active.
-fn begin(data: &mut Data, id: &str, reset: bool, failure: Option<&str>) -> Option<Lease> {
+fn begin(data: &mut Data, id: &str, no_reset: bool, failure: Option<&str>) -> Option<Lease> {
     let inventory = data.inventory.clone();
     let lease = data.leases.get_mut(id).filter(|lease| lease.state == State::Active)?;
-    let resets = reset.then(|| resets(&inventory, lease)).into_iter().flatten();
-    lease.backward = Recorded::todo(resets).into_iter().chain(lease.way_back()).collect();
+    lease.skipped.reset = no_reset;
+    lease.backward = lease.way_home(&inventory);
     lease.failure = failure.map(str::to_owned);
     lease.state = State::Releasing;
     Some(lease.clone())
-}
-
-/// Resets for those functions of a lease that can be reset by themselves.
-fn resets(inventory: &Inventory, lease: &Lease) -> Vec<Step> {
-    let alone = |f: &&Arc<Function>| f.reset_methods.iter().any(|m| m != "bus" && m != "cxl_bus");
-    let functions = lease.devices.keys().filter_map(|address| inventory.get(*address));
-    functions.filter(alone).map(|f| Step::Reset { device: f.address }).collect()
 }

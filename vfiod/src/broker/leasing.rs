@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 use super::{Around, Broker, Change, Data, Property, Reply, internal, plan_within};
 use crate::crash;
 use crate::history::{self, Event};
-use crate::lease::{Bound, Found, Lease, Recorded, State};
+use crate::lease::{Bound, Found, Lease, Recorded, Skipped, State};
 use crate::owner::Process;
 use crate::request::AttachOptions;
 use crate::transition::{Stopped, Walk, Watcher};
@@ -95,6 +95,7 @@ impl Broker {
             vm: wanted.options.vm.clone(),
             owner: wanted.user,
             bound: wanted.bound.clone(),
+            skipped: Skipped { reset: false, scrub: wanted.options.no_scrub },
             ..new_lease(&data, &plan)?
         };
         data.leases.insert(lease.id.clone(), lease.clone());
@@ -254,6 +255,7 @@ pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         failure: None,
         bound: None,
         task: None,
+        skipped: Skipped::default(),
         interface: None,
         devices: plan.devices.iter().filter_map(found).collect(),
         mediated: plan.mediated.clone(),

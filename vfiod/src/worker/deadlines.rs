@@ -11,15 +11,18 @@ use libvfio::step::Step;
 /// A function may take 60 s to be ready after a reset (`PCIE_RESET_READY_POLL_MS`,
 /// `drivers/pci/pci.h`), and VFIO resets when it binds, opens and lets go.
 ///
+/// Reading device memory back over PCI Express is slow: some hundred MB a second.
+///
 /// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
 /// `drivers/pci/iov.c`), and a card may have hundreds.
-const DEFAULTS: [(&str, u64); 15] = [
+const DEFAULTS: [(&str, u64); 16] = [
     ("load-module", 60),
     ("unbind-lock", 10),
     ("unbind", 70),
     ("set-override", 10),
     ("bind", 70),
     ("reset", 70),
+    ("scrub", 600),
     ("set-autoprobe", 10),
     ("set-virtual-functions", 300),
     ("shape", 20),
@@ -83,7 +86,7 @@ mod tests {
     use super::*;
 
     fn reset() -> Step {
-        Step::Reset { device: "03:00.0".parse().unwrap() }
+        Step::Reset { device: "03:00.0".parse().unwrap(), with: Vec::new() }
     }
 
     #[test]

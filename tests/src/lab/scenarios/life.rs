@@ -50,7 +50,7 @@ pub(super) fn host(lab: &mut Lab) -> Result<()> {
     wait_until("the VFIO node is a device unit", UNPLUG_LIMIT, plugged)?;
     lab.step(format!("{unit} is there for other units to bind to"))?;
 
-    vfioctl(["release", &vf, "--reset"])?.success()?;
+    vfioctl(["release", &vf])?.success()?;
     let journal = command::run(["journalctl", "--output=cat", &format!("VFIOD_LEASE={id}")])?;
     let journal = journal.success()?;
     for words in ["attached", &format!("reset {vf}"), "released"] {

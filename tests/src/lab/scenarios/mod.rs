@@ -8,6 +8,7 @@ mod descriptors;
 mod device_nodes;
 mod dma;
 mod libvirt;
+mod leak;
 mod life;
 mod many;
 mod mediated;
@@ -94,6 +95,7 @@ const SCENARIOS: &[Scenario] = &[
         "a card's driver goes while its virtual functions are leased",
         virtual_functions::unloaded,
     ),
+    scenario("leak", "what a tenant leaves in device memory, and its cure", leak::run),
     scenario("owners", "leases end with their process or connection", survival::owners),
     scenario("drift", "others change what a lease holds", survival::drift),
     scenario("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),

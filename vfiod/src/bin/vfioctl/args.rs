@@ -91,7 +91,7 @@ pub(crate) enum Command {
     /// repeated.
     #[command(after_help = "Examples:
   vfioctl release 3f9a2c81
-  vfioctl release 03:00.0 --reset
+  vfioctl release 03:00.0 --wait
   vfioctl release 6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60")]
     Release(ReleaseArgs),
     /// Lease devices and start a virtual machine monitor with them; the lease ends with it
@@ -253,6 +253,9 @@ pub(crate) struct AttachArgs {
     /// Let your user open the devices' nodes in /dev/vfio, for the time of the lease
     #[arg(long)]
     pub(crate) node_access: bool,
+    /// Leave device memory as the tenant leaves it, also where it is known how to clear it
+    #[arg(long)]
+    pub(crate) no_scrub: bool,
     /// Show the steps and change nothing; exits as attaching would
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -319,9 +322,9 @@ pub(crate) struct ReleaseArgs {
     /// What to release: a lease's id, a device of it, or the virtual machine it is for
     #[arg(value_name = "LEASE|DEV|UUID", required = true)]
     pub(crate) targets: Vec<String>,
-    /// Reset the functions first, where they can be reset by themselves
+    /// Reset nothing, so that what the tenant left in the functions stays there
     #[arg(long)]
-    pub(crate) reset: bool,
+    pub(crate) no_reset: bool,
     /// Wait for guests that still run, instead of leaving the release to end with them
     #[arg(long)]
     pub(crate) wait: bool,

@@ -91,6 +91,7 @@ fn options(args: &AttachArgs) -> Options<'_> {
         ("adopt", args.adopt),
         ("allow_protected", args.allow_protected),
         ("node_access", args.node_access),
+        ("no_scrub", args.no_scrub),
     ] {
         if given {
             options.insert(name, true.into());
@@ -149,6 +150,7 @@ mod tests {
             pid: Some(7),
             allow_protected: false,
             node_access: false,
+            no_scrub: false,
             dry_run: false,
         };
         let options = options(&args);

@@ -43,7 +43,7 @@ pub(crate) async fn run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<E
 
 async fn release(bus: &Bus, target: &str, args: &ReleaseArgs) -> Result<Vec<String>, Trouble> {
     let mut options = Options::new();
-    for (name, given) in [("reset", args.reset), ("wait", args.wait)] {
+    for (name, given) in [("no_reset", args.no_reset), ("wait", args.wait)] {
         if given {
             options.insert(name, true.into());
         }
@@ -72,7 +72,7 @@ async fn dry_run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<ExitCode
         print_json(&Value::Array(reply.json_of(|lease| ends.contains(&lease))?))?;
     } else {
         for lease in ends {
-            print(&WayBack { lease, reset: args.reset }.to_string())?;
+            print(&WayBack { lease, reset: !args.no_reset }.to_string())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -109,7 +109,10 @@ impl fmt::Display for WayBack<'_> {
             return writeln!(f, "  it holds nothing any more; its record would be dismissed");
         }
         if self.reset {
-            writeln!(f, "  functions that can be reset by themselves would be reset")?;
+            writeln!(
+                f,
+                "  what can be reset would be reset first, and its memory cleared if known how"
+            )?;
         }
         let done = steps.iter().rev().filter(|step| step.outcome.is_some());
         for (undo, n) in done.filter_map(|step| step.undo.as_deref()).zip(1..) {

@@ -79,7 +79,8 @@ fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
         ours.push(timed(|| {
             runtime.block_on(async {
                 let (lease, _) = manager.attach(&[vf], "bench", [].into()).await?;
-                let ended = manager.release(&lease, [].into()).await?;
+                // The bare writes do not reset either.
+                let ended = manager.release(&lease, [("no_reset", true.into())].into()).await?;
                 ensure!(ended == [lease], "released {ended:?}");
                 Ok(())
             })
@@ -108,7 +109,7 @@ fn each_a_process(lab: &mut Lab, vf: &str) -> Result<()> {
     let (mut ours, mut virsh, mut driverctl) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..SOME {
         let attach = ["vfioctl", "attach", vf, "--tenant", "bench"];
-        ours.push(cycle(&attach, &["vfioctl", "release", vf])?);
+        ours.push(cycle(&attach, &["vfioctl", "release", "--no-reset", vf])?);
         let detach = ["virsh", "nodedev-detach", &node];
         virsh.push(cycle(&detach, &["virsh", "nodedev-reattach", &node])?);
         driverctl.push(timed(|| {

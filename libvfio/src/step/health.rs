@@ -1,0 +1,97 @@
+//! Whether a function came back from a reset as it went in: what can be told from outside. Reads the
+//! function's sysfs files, changes nothing.
+
+use super::Cause;
+use crate::address::PciAddress;
+use crate::host::HostRoot;
+use crate::pci::config::Link;
+use crate::pci::{self, Function};
+
+/// What must be so of a function after a reset.
+#[derive(Debug)]
+pub(super) struct Health {
+    function: Function,
+    /// Base address registers; none where the function did not answer.
+    bars: Option<[u32; 6]>,
+    link: Option<Link>,
+}
+
+impl Health {
+    /// How a function is now; `None` if there is none.
+    pub(super) fn read(host: &HostRoot, device: PciAddress) -> Option<Self> {
+        let function = Function::read(host, device)?;
+        let bars = pci::base_addresses(host, device).filter(|_| !function.is_silent());
+        let link = function.config.pcie().and_then(|express| express.link);
+        Some(Self { function, bars, link })
+    }
+
+    /// The function.
+    pub(super) fn function(&self) -> &Function {
+        &self.function
+    }
+
+    /// What is wrong with a function now that was like this before its reset: what was expected and
+    /// what is found. One that did not answer before has nothing to compare but what the kernel
+    /// remembers of it.
+    pub(super) fn compare(&self, now: Option<&Self>) -> Result<(), Cause> {
+        let wrong = |wanted: String, found: String| Err(Cause::ReadBack { wanted, found });
+        let name = self.function.address;
+        let Some(now) = now else {
+            return wrong(format!("{name}"), "no device".into());
+        };
+        if now.function.is_silent() {
+            return wrong(
+                format!("an answer of {name}"),
+                "all ones in its configuration space".into(),
+            );
+        }
+        let ids = |health: &Self| {
+            let ids = health.function.ids;
+            format!("{name} as {}:{}, class {}", hex(ids.vendor), hex(ids.device), hex(ids.class))
+        };
+        let asleep = |health: &Self| {
+            let state = health.function.power_state.as_deref();
+            matches!(state, Some("D3cold" | "error" | "unknown"))
+        };
+        // The kernel remembers ids; the function itself says them too, unless it is a virtual one.
+        if let Some(header) = now.function.config.header.as_ref()
+            && now.function.physical().is_none()
+        {
+            let its = (Some(header.vendor), Some(header.device), Some(header.class));
+            let ours = self.function.ids;
+            if its != (ours.vendor, ours.device, ours.class) {
+                let (vendor, device, class) = its;
+                let found = format!("{}:{}, class {}", hex(vendor), hex(device), hex(class));
+                return wrong(ids(self), found);
+            }
+        }
+        let serial = |health: &Self| health.function.config.serial().map(|s| s.to_string());
+        if !self.function.is_silent() && serial(self) != serial(now) {
+            let say = |serial: Option<String>| serial.unwrap_or_else(|| "none".into());
+            return wrong(format!("serial number {}", say(serial(self))), say(serial(now)));
+        }
+        if self.bars.is_some() && self.bars != now.bars {
+            return wrong(
+                format!("the base addresses of {name} as before"),
+                "others, or none".into(),
+            );
+        }
+        if let (Some(before), Some(after)) = (self.link, now.link)
+            && !self.function.is_silent()
+            && (after.current_speed < before.current_speed
+                || after.current_width < before.current_width)
+        {
+            let say = |link: Link| format!("{} x{}", link.current_speed, link.current_width);
+            return wrong(format!("a link of {name} at {}", say(before)), say(after));
+        }
+        if asleep(now) && !asleep(self) {
+            let state = now.function.power_state.clone().unwrap_or_default();
+            return wrong(format!("{name} with power"), format!("power state {state}"));
+        }
+        Ok(())
+    }
+}
+
+fn hex(number: Option<impl std::fmt::LowerHex>) -> String {
+    number.map_or_else(|| "?".to_owned(), |number| format!("{number:04x}"))
+}
