@@ -111,8 +111,11 @@ fn a_device_that_does_not_come_back_well_is_handed_to_nobody() {
         assert!(failure.to_string().contains(word), "{case}: '{word}' is not in: {failure}");
         assert_eq!(broker.lease(&lease.id).unwrap().state, State::Failed, "{case}");
         // No driver of the host gets it either.
-        let driver = sim.function(at(device)).join("driver").read_link().unwrap();
-        assert!(driver.ends_with("vfio-pci"), "{case}");
+        let with = if (device, on) == (GPU, Operation::Reset) { AUDIO } else { device };
+        for device in [device, with] {
+            let driver = sim.function(at(device)).join("driver").read_link().unwrap();
+            assert!(driver.ends_with("vfio-pci"), "{case}");
+        }
         for tenant in ["alice", "bob"] {
             let refused = trial::attach(&broker, device, tenant).expect_err(&case);
             assert_eq!(refused.kind(), Some(ErrorKind::Quarantined), "{case}: {refused}");
@@ -121,6 +124,16 @@ fn a_device_that_does_not_come_back_well_is_handed_to_nobody() {
         let broker = daemon(&sim, dir.path());
         let refused = trial::attach(&broker, device, "bob").expect_err(&case);
         assert_eq!(refused.kind(), Some(ErrorKind::Quarantined), "{case}, after a restart");
+        // Healing fails as long as it fails, and ends the quarantine when it does not.
+        arm(&sim, on, device, Effect::Errno(Errno::EIO));
+        broker.heal(device, 0).expect_err(&case);
+        let refused = trial::attach(&broker, device, "bob").expect_err(&case);
+        assert_eq!(refused.kind(), Some(ErrorKind::Quarantined), "{case}, not healed");
+        broker.heal(device, 0).unwrap_or_else(|failure| panic!("{case}: {failure}"));
+        assert!(broker.quarantines().is_empty(), "{case}");
+        assert_eq!(broker.leases(), [], "{case}");
+        trial::attach(&broker, device, "bob").unwrap();
+        assert!(broker.heal(device, 0).is_err(), "{case}: somebody has it");
     }
 }
 

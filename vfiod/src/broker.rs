@@ -6,6 +6,7 @@
 mod applying;
 mod considering;
 mod ending;
+mod healing;
 mod holding;
 mod lagging;
 mod leasing;

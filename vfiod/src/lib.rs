@@ -10,6 +10,7 @@
 pub mod authority;
 pub mod boot;
 pub mod broker;
+pub mod cleaned;
 #[cfg(feature = "crash-points")]
 pub mod crash;
 #[cfg(not(feature = "crash-points"))]

@@ -152,7 +152,7 @@ impl Walk<'_> {
             failed.iter().filter(|(_, why)| is_worth_more(lease, why)).map(|f| f.0).collect();
         // The kernel may have done other than it was asked for, where there was nothing to undo.
         let left = |device: &PciAddress| {
-            strangers.contains(device) || failed.iter().any(|(other, _)| other == device)
+            strangers.contains(device) || failed.iter().any(|failed| concerns(failed, *device))
         };
         if lease.failure.is_none() {
             let touched = lease.touched().into_iter().filter(|device| !left(device));
@@ -163,8 +163,10 @@ impl Walk<'_> {
             for device in &again {
                 self.turn_home(lease, *device);
             }
-            let left = failed.iter().map(|f| f.0).filter(|device| !again.contains(device));
-            let left: BTreeSet<PciAddress> = left.chain(strangers.iter().copied()).collect();
+            let kept = lease.devices.keys().copied().chain(failed.iter().map(|f| f.0));
+            let kept = kept.filter(|device| failed.iter().any(|failed| concerns(failed, *device)));
+            let kept = kept.filter(|device| !again.contains(device));
+            let left: BTreeSet<PciAddress> = kept.chain(strangers.iter().copied()).collect();
             let still = self.back(lease, &left);
             failed.retain(|(device, _)| left.contains(device) || self.has_strayed(lease, *device));
             failed.extend(still);
@@ -277,6 +279,11 @@ impl Walk<'_> {
     fn write(&self, lease: &Lease) -> io::Result<()> {
         self.walker.ledger.write(lease)
     }
+}
+
+/// Whether a step back that failed is also this device's.
+fn concerns((device, why): &(PciAddress, Stopped), other: PciAddress) -> bool {
+    *device == other || why.step().is_some_and(|step| step.others().contains(&other))
 }
 
 /// Whether a device whose step back failed like this may go home another way. One that was taken

@@ -14,8 +14,8 @@ pub use holding::{HolderRecord, HoldersRecord, UseRecord};
 pub use mediated::{MediatedDeviceRecord, MediatedRecord, MediatedTypeRecord};
 pub use policy::{DONE, FAILED, PolicyRecord, UnitRecord};
 pub use records::{
-    BarRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord, PlanRecord, QuarantineRecord,
-    ReasonRecord, StepRecord,
+    BarRecord, CheckedRecord, CleanedRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord,
+    PlanRecord, QuarantineRecord, ReasonRecord, StepRecord,
 };
 pub use setting::{ChoiceRecord, SettingRecord};
 
@@ -88,8 +88,15 @@ pub trait Manager {
     #[zbus(allow_interactive_auth)]
     fn clear_quarantine(&self, device: &str) -> Result<bool, Failure>;
 
+    /// Cleans once more a device that did not come back well; answers its address.
+    #[zbus(allow_interactive_auth)]
+    fn heal(&self, device: &str) -> Result<String, Failure>;
+
     /// What became of leases and of devices not trusted, oldest first.
     fn list_history(&self, options: Options<'_>) -> Result<Vec<HistoryRecord>, Failure>;
+
+    /// Whether that is what was written.
+    fn check_history(&self) -> Result<CheckedRecord, Failure>;
 
     /// Where the host stands with the policy, and what applying would do.
     fn plan_policy(&self, options: Options<'_>) -> Result<PolicyRecord, Failure>;

@@ -253,6 +253,42 @@ pub struct HistoryRecord {
     pub devices: Vec<String>,
     /// Why or how; may be empty.
     pub text: String,
+    /// When the lease that ended was made, in seconds since 1970.
+    pub since: Option<u64>,
+    /// What was done so that nothing of the lease's tenant is left in its functions.
+    pub cleaned: Vec<CleanedRecord>,
+    /// Its number; each entry has the one after that of the entry before.
+    pub number: u64,
+    /// The hash of this entry and of all before it.
+    pub chain: String,
+}
+
+/// What was done so that nothing of a tenant is left in a function.
+#[derive(Debug, Clone, Default, PartialEq, Eq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}")]
+pub struct CleanedRecord {
+    /// The function's address.
+    pub device: String,
+    /// `alone`, `bus`, `skipped`, `impossible` or `failed`.
+    pub reset: String,
+    /// `zeros`, `skipped`, `unknown` or `failed`.
+    pub scrub: String,
+}
+
+/// Whether the history is what was written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}")]
+pub struct CheckedRecord {
+    /// How many entries hold together.
+    pub entries: u64,
+    /// The number of the oldest that is kept.
+    pub first: u64,
+    /// The number the next one will have.
+    pub next: u64,
+    /// The hash of the newest entry and of all before it.
+    pub chain: String,
+    /// What is wrong; empty if nothing is.
+    pub faults: Vec<String>,
 }
 
 impl DeviceRecord {

@@ -3,7 +3,6 @@
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
 
 use nix::libc::off_t;
@@ -53,25 +52,22 @@ pub(crate) fn zero(host: &HostRoot, function: &Function, bar: u8) -> Result<Opti
         .map_err(unmapped)?;
     // SAFETY: the mapping is page aligned, `size` bytes long and ours alone; the region is plain
     // memory, without side effects of reading or writing it, or its profile would not name it.
-    let left = unsafe { clear(mapping.cast(), size.get() / 8) };
+    let memory = unsafe { std::slice::from_raw_parts_mut(mapping.cast().as_ptr(), size.get() / 8) };
+    let left = clear(memory);
     // SAFETY: the mapping made above, which nothing refers to any more.
     unsafe { munmap(mapping, size.get()) }.map_err(unmapped)?;
     Ok(left.map(|word| word as u64 * 8))
 }
 
-/// Zeros `words` words, then finds the first that is not zero.
-///
-/// # Safety
-///
-/// All of them are memory of the caller's own.
-unsafe fn clear(memory: NonNull<u64>, words: usize) -> Option<usize> {
-    for word in 0..words {
-        // SAFETY: within what the caller vouches for.
-        unsafe { memory.add(word).write_volatile(0) };
+/// Zeros all words, then finds the first that is not zero. What is read comes from the device.
+fn clear(memory: &mut [u64]) -> Option<usize> {
+    for word in memory.iter_mut() {
+        // SAFETY: a reference is valid for writing.
+        unsafe { std::ptr::from_mut(word).write_volatile(0) };
     }
     fence(Ordering::SeqCst);
-    // SAFETY: likewise.
-    (0..words).find(|word| unsafe { memory.add(*word).read_volatile() } != 0)
+    // SAFETY: a reference is valid for reading.
+    memory.iter().position(|word| unsafe { std::ptr::from_ref(word).read_volatile() } != 0)
 }
 
 #[cfg(test)]
@@ -81,9 +77,7 @@ mod tests {
     #[test]
     fn every_word_is_cleared() {
         let mut memory = vec![u64::MAX; 1000];
-        let start = NonNull::new(memory.as_mut_ptr()).unwrap();
-        // SAFETY: the vector's own words.
-        assert_eq!(unsafe { clear(start, memory.len()) }, None);
+        assert_eq!(clear(&mut memory), None);
         assert!(memory.iter().all(|word| *word == 0));
     }
 }

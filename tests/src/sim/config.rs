@@ -54,7 +54,7 @@ pub(super) fn damaged(mut bytes: Vec<u8>, damage: Damage) -> Vec<u8> {
             // Lanes are from bit 4 on.
             if at != 0 {
                 let fields = u16::from_le_bytes([bytes[at + 0x12], bytes[at + 0x13]]);
-                let halved = fields & 0xf | (fields >> 4) / 2 << 4;
+                let halved = (fields & 0xf) | (((fields >> 4) / 2) << 4);
                 bytes[at + 0x12..at + 0x14].copy_from_slice(&halved.to_le_bytes());
             }
         }

@@ -48,6 +48,7 @@ pub struct Kernel {
 
 /// A function that is there.
 #[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // Each is a file of its own, or as good as one.
 pub(super) struct Device {
     pub(super) description: Arc<Function>,
     /// The port above it; `None` on a root bus.

@@ -175,7 +175,7 @@ impl Kernel {
     /// The functions whose memory may have something of somebody's in it, a line each.
     fn soiled(&self) -> String {
         let soiled = self.devices.iter().filter(|(_, device)| device.soiled);
-        soiled.map(|(address, _)| format!("{address}\n")).collect()
+        soiled.map(|(address, _)| address.to_string() + "\n").collect()
     }
 
     fn read_whole(&self, path: &str) -> Result<Vec<u8>, Stop> {

@@ -139,7 +139,7 @@ impl Broker {
     }
 
     /// Walks a lease's way back once nobody holds its devices, and files it.
-    fn give_back(&self, mut lease: Lease, early: &dyn Fn(Failure), reply: &Reply<()>) {
+    pub(super) fn give_back(&self, mut lease: Lease, early: &dyn Fn(Failure), reply: &Reply<()>) {
         let late = Late { broker: self, tell: early };
         let walk = self.walker.walk(&lease.id, &late);
         // Whatever is opened from now on is seen to be held.
@@ -191,7 +191,7 @@ impl Broker {
     }
 
     /// Who holds which group of a lease, if somebody does.
-    fn held(&self, walk: &Walk<'_>, lease: &mut Lease) -> Option<String> {
+    pub(super) fn held(&self, walk: &Walk<'_>, lease: &mut Lease) -> Option<String> {
         let inventory = self.inventory();
         let functions: Vec<&Arc<Function>> = lease
             .devices
@@ -246,7 +246,7 @@ impl Broker {
     }
 
     /// Keeps those from leases to come that may have something left of a tenant, or are not well.
-    fn distrust_unclean(&self, failures: &[Stopped]) {
+    pub(super) fn distrust_unclean(&self, failures: &[Stopped]) {
         for failure in failures {
             let Some(step) = failure.step().filter(|step| step.is_cleaning()) else { continue };
             let devices = step.device().into_iter().chain(step.others().iter().copied());

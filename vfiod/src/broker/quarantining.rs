@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 use libvfio::address::PciAddress;
-use libvfio::client::{Failure, QuarantineRecord};
+use libvfio::client::{CheckedRecord, Failure, QuarantineRecord};
 use libvfio::error::ErrorKind;
 use tracing::{error, info, warn};
 
@@ -148,6 +148,20 @@ impl Broker {
         let unread =
             |error| Failure::new(ErrorKind::Internal, format!("cannot read the history: {error}"));
         self.history.read(options.last, wanted).map_err(unread)
+    }
+
+    /// Whether that is what was written.
+    pub fn check_history(&self) -> Result<CheckedRecord, Failure> {
+        let checked = self.history.check().map_err(|error| {
+            Failure::new(ErrorKind::Internal, format!("cannot read the history: {error}"))
+        })?;
+        Ok(CheckedRecord {
+            entries: checked.entries,
+            first: checked.head.first,
+            next: checked.head.next,
+            chain: checked.head.chain,
+            faults: checked.faults,
+        })
     }
 
     /// Puts on record what became of a lease.

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use libvfio::client::{
-    DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord, MediatedRecord,
-    PlanRecord, PolicyRecord, QuarantineRecord, SettingRecord, device_path, lease_path,
+    CheckedRecord, DeviceRecord, Failure, GroupRecord, HistoryRecord, HoldersRecord, LeaseRecord,
+    MediatedRecord, PlanRecord, PolicyRecord, QuarantineRecord, SettingRecord, device_path,
+    lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
 use zbus::message::Header;
@@ -178,6 +179,17 @@ impl ManagerObject {
         self.caller.run(move |broker| broker.clear_quarantine(&device, by)).await
     }
 
+    #[zbus(out_args("address"))]
+    async fn heal(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        device: String,
+    ) -> Result<String, Failure> {
+        let by = self.may_quarantine(&header, &device).await?;
+        let heal = move |broker: &Arc<Broker>| broker.heal(&device, by);
+        Ok(self.caller.run(heal).await?.to_string())
+    }
+
     #[zbus(out_args("entries"))]
     async fn list_history(
         &self,
@@ -187,6 +199,14 @@ impl ManagerObject {
         let options = HistoryOptions::read(&options)?;
         let entries = self.caller.ask(&header, move |broker| broker.history(&options)).await?;
         Ok(entries.iter().map(Entry::record).collect())
+    }
+
+    #[zbus(out_args("checked"))]
+    async fn check_history(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+    ) -> Result<CheckedRecord, Failure> {
+        self.caller.ask(&header, |broker| broker.check_history()).await
     }
 
     #[zbus(out_args("policy"))]

@@ -120,6 +120,34 @@ pub(crate) enum Command {
   vfioctl leases
   vfioctl leases --history --last 20")]
     Leases(LeasesArgs),
+    /// Clean a device once more that did not come back well, and trust it again if it does now
+    #[command(after_help = "Example:
+  vfioctl heal 03:00.0")]
+    Heal {
+        /// The device
+        #[arg(value_name = "DEV")]
+        device: String,
+    },
+    /// What became of leases and devices, oldest first, and whether that is what was written
+    ///
+    /// Each entry has the hash of itself and of all before it. '--check' recomputes them all: what was
+    /// changed, taken out or moved shows. Note what it says of the newest one elsewhere to see later
+    /// that nobody has written all anew.
+    #[command(after_help = "Examples:
+  vfioctl history
+  vfioctl history 03:00.0 --last 5
+  vfioctl history --check")]
+    History(HistoryArgs),
+    /// What was done so that nothing of a lease's tenant is left in its devices
+    ///
+    /// Fails if something is not known to be clean, or the history is not what was written.
+    #[command(after_help = "Example:
+  vfioctl certify 3f9a2c81")]
+    Certify {
+        /// The lease, which has ended
+        #[arg(value_name = "LEASE")]
+        lease: String,
+    },
     /// List the devices that are not trusted, put one there, or clear it
     ///
     /// A device in quarantine gets no new lease until it is cleared, also after a reboot or a
@@ -341,6 +369,19 @@ pub(crate) struct LeasesArgs {
     /// How many of the newest things that happened to list [default: 100]
     #[arg(long, value_name = "N", requires = "history")]
     pub(crate) last: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArgs {
+    /// Only what happened to this device
+    #[arg(value_name = "DEV", conflicts_with = "check")]
+    pub(crate) device: Option<String>,
+    /// How many of the newest [default: 100]
+    #[arg(long, value_name = "N", conflicts_with = "check")]
+    pub(crate) last: Option<u32>,
+    /// Check that all entries are there, as they were written
+    #[arg(long)]
+    pub(crate) check: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,15 +1,23 @@
-//! `leases --history`: what became of leases and of devices not trusted.
+//! `history` and `leases --history`: what became of leases and of devices not trusted.
 
 use anstyle::Style;
-use libvfio::client::{HistoryRecord, Options};
+use libvfio::client::{CleanedRecord, HistoryRecord, Options};
 
 use crate::bus::Bus;
 use crate::output::{Output, print_json};
 use crate::table::{BAD, Cell, GOOD, LEASED, PLAIN, Table, WARN};
 use crate::trouble::Trouble;
 
-pub(crate) async fn run(bus: &Bus, last: Option<u32>, out: &Output) -> Result<(), Trouble> {
+pub(crate) async fn run(
+    bus: &Bus,
+    device: Option<&str>,
+    last: Option<u32>,
+    out: &Output,
+) -> Result<(), Trouble> {
     let mut options = Options::new();
+    if let Some(device) = device {
+        options.insert("device", device.into());
+    }
     if let Some(last) = last {
         options.insert("last", last.into());
     }
@@ -32,10 +40,38 @@ fn table(entries: &[HistoryRecord]) -> Table {
             Cell::maybe(entry.tenant.as_deref(), LEASED),
             Cell::maybe(devices, PLAIN),
             Cell::maybe(entry.vm.as_deref(), PLAIN),
-            Cell::maybe(Some(&entry.text).filter(|text| !text.is_empty()), PLAIN),
+            Cell::maybe(Some(text(entry)).filter(|text| !text.is_empty()), PLAIN),
         ]);
     }
     table
+}
+
+/// Why or how, and what was done so that nothing is left of a tenant.
+fn text(entry: &HistoryRecord) -> String {
+    let mut text = entry.text.clone();
+    for cleaned in &entry.cleaned {
+        let gap = if text.is_empty() { "" } else { "; " };
+        text = format!("{text}{gap}{}", cleaning(cleaned));
+    }
+    text
+}
+
+/// What was done to a function, in words.
+pub(crate) fn cleaning(cleaned: &CleanedRecord) -> String {
+    let reset = match cleaned.reset.as_str() {
+        "alone" => "reset",
+        "bus" => "reset by its bus",
+        "skipped" => "not reset, by request",
+        "impossible" => "not reset, for want of a way",
+        _ => "its reset failed",
+    };
+    let scrub = match cleaned.scrub.as_str() {
+        "zeros" => "memory zeroed",
+        "skipped" => "memory left, by request",
+        "unknown" => "no memory known to clear",
+        _ => "clearing its memory failed",
+    };
+    format!("{} {reset}, {scrub}", cleaned.device)
 }
 
 fn style(event: &str) -> Style {

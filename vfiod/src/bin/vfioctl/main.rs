@@ -4,6 +4,7 @@ mod apply;
 mod args;
 mod attach;
 mod bus;
+mod certify;
 mod check;
 mod explain;
 mod generate;

@@ -1,4 +1,4 @@
-//! `quarantine`: devices that are not trusted, putting one there and clearing it.
+//! `quarantine`: devices that are not trusted, putting one there, clearing it, and healing one.
 
 use libvfio::client::QuarantineRecord;
 use serde_json::Value;
@@ -51,6 +51,15 @@ async fn clear(bus: &Bus, device: &str, out: &Output) -> Result<(), Trouble> {
     }
     anstream::eprintln!("nothing to clear: {device} is not in quarantine");
     Ok(())
+}
+
+/// Cleans once more what did not come back well.
+pub(crate) async fn heal(bus: &Bus, device: &str, out: &Output) -> Result<(), Trouble> {
+    let address = patiently(bus, bus.manager.heal(device)).await?;
+    if out.json {
+        return print_json(&Value::String(address));
+    }
+    print(&format!("{address} is well, and trusted again\n"))
 }
 
 fn table(devices: &[QuarantineRecord]) -> Table {

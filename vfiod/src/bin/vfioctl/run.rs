@@ -13,8 +13,8 @@ use crate::launch::{self, Launch};
 use crate::output::Output;
 use crate::trouble::{Trouble, report};
 use crate::{
-    apply, attach, check, explain, generate, groups, history, holders, hook, leases, list, mdev,
-    monitor, policy, quarantine, release, show, tree, vf,
+    apply, attach, certify, check, explain, generate, groups, history, holders, hook, leases, list,
+    mdev, monitor, policy, quarantine, release, show, tree, vf,
 };
 
 pub(crate) fn main() -> ExitCode {
@@ -85,8 +85,14 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Groups => groups::run(&bus().await?, &out).await?,
         Command::Explain { device } => explain::run(&bus().await?, &device, &out).await?,
         Command::Leases(args) if args.history => {
-            history::run(&bus().await?, args.last, &out).await?;
+            history::run(&bus().await?, None, args.last, &out).await?;
         }
+        Command::Heal { device } => quarantine::heal(&bus().await?, &device, &out).await?,
+        Command::History(args) if args.check => return certify::check(&bus().await?, &out).await,
+        Command::History(args) => {
+            history::run(&bus().await?, args.device.as_deref(), args.last, &out).await?;
+        }
+        Command::Certify { lease } => return certify::run(&bus().await?, &lease, &out).await,
         Command::Leases(_) => leases::run(&bus().await?, &out).await?,
         Command::Holders { device } => holders::run(&bus().await?, &device, &out).await?,
         Command::Quarantine { action } => {

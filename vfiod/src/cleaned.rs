@@ -1,0 +1,117 @@
+//! What was done so that nothing of a tenant is left in a lease's functions, told from the steps of
+//! its way back. Pure.
+
+use libvfio::address::PciAddress;
+use libvfio::client::CleanedRecord;
+use libvfio::step::Step;
+use serde::{Deserialize, Serialize};
+
+use crate::lease::{Lease, Recorded};
+
+/// What became of one function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cleaned {
+    /// The function.
+    pub device: PciAddress,
+    /// Whether it was reset.
+    pub reset: Reset,
+    /// Whether its memory was cleared.
+    pub scrub: Scrub,
+}
+
+/// Whether a function was reset. One that was is as well after it as before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reset {
+    /// By its own means.
+    Alone,
+    /// With all others on its bus.
+    Bus,
+    /// No, by request.
+    Skipped,
+    /// No: there is no way to, or it was not on VFIO any more.
+    Impossible,
+    /// It failed, or the function did not come back well.
+    Failed,
+}
+
+/// Whether a function's memory was cleared. What was cleared was read back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scrub {
+    /// All of it reads zeros.
+    Zeros,
+    /// No, by request.
+    Skipped,
+    /// No: nothing is known of such memory.
+    Unknown,
+    /// It failed, or something else than zeros was there.
+    Failed,
+}
+
+impl Reset {
+    /// The word for it, as it is serialised.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alone => "alone",
+            Self::Bus => "bus",
+            Self::Skipped => "skipped",
+            Self::Impossible => "impossible",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl Scrub {
+    /// The word for it, as it is serialised.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zeros => "zeros",
+            Self::Skipped => "skipped",
+            Self::Unknown => "unknown",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl Cleaned {
+    /// What became of each function of a lease that a tenant could use and that has ended.
+    pub fn of(lease: &Lease) -> Vec<Self> {
+        let used = lease.forward.iter().all(|recorded| recorded.outcome.is_some());
+        if !used || lease.task.is_some() || lease.backward.is_empty() {
+            return Vec::new();
+        }
+        lease.devices.keys().map(|device| Self::one(lease, *device)).collect()
+    }
+
+    fn one(lease: &Lease, device: PciAddress) -> Self {
+        let about = |recorded: &&Recorded| {
+            let step = &recorded.step;
+            step.device() == Some(device) || step.others().contains(&device)
+        };
+        let steps = || lease.backward.iter().filter(about);
+        let reset = match steps().find(|r| matches!(r.step, Step::Reset { .. })) {
+            None if lease.skipped.reset => Reset::Skipped,
+            None => Reset::Impossible,
+            Some(Recorded { outcome: None, .. }) => Reset::Failed,
+            Some(recorded) if recorded.step.others().is_empty() => Reset::Alone,
+            Some(_) => Reset::Bus,
+        };
+        let scrub = match steps().find(|r| matches!(r.step, Step::Scrub { .. })) {
+            None if lease.skipped.scrub => Scrub::Skipped,
+            None => Scrub::Unknown,
+            Some(Recorded { outcome: None, .. }) => Scrub::Failed,
+            Some(_) => Scrub::Zeros,
+        };
+        Self { device, reset, scrub }
+    }
+
+    /// What the bus is told of it.
+    pub fn record(&self) -> CleanedRecord {
+        CleanedRecord {
+            device: self.device.to_string(),
+            reset: self.reset.name().to_owned(),
+            scrub: self.scrub.name().to_owned(),
+        }
+    }
+}
