@@ -70,7 +70,12 @@ impl Health {
             let say = |serial: Option<String>| serial.unwrap_or_else(|| "none".into());
             return wrong(format!("serial number {}", say(serial(self))), say(serial(now)));
         }
-        if self.bars.is_some() && self.bars != now.bars {
+        // One that had lost its addresses may have them again.
+        let lost = |before: [u32; 6]| {
+            let now = now.bars.unwrap_or_default();
+            before.iter().zip(now).any(|(before, now)| *before != 0 && *before != now)
+        };
+        if self.bars.is_some_and(lost) {
             return wrong(
                 format!("the base addresses of {name} as before"),
                 "others, or none".into(),

@@ -9,7 +9,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::holders;
-use libvfio::pci::{Function, Identity};
+use libvfio::pci::{Function, Identity, Ids};
 use libvfio::step::{Cause, Step};
 use nix::errno::Errno;
 use tracing::{error, info, warn};
@@ -260,7 +260,7 @@ impl Broker {
         let inventory = self.inventory();
         let stranger = |(address, found): (&PciAddress, &crate::lease::Found)| {
             let now = inventory.get(*address)?;
-            (!now.stuck && Identity::of(now) != found.identity).then_some(*address)
+            (!now.stuck && !is_same(now, &found.identity)).then_some(*address)
         };
         lease.devices.iter().filter_map(stranger).collect()
     }
@@ -367,6 +367,18 @@ impl Broker {
             }
         }
     }
+}
+
+/// Whether a function is the one that was leased. Of one that does not answer only what the kernel
+/// remembers can be compared; a reset may bring it back.
+fn is_same(now: &Function, leased: &Identity) -> bool {
+    let is = Identity::of(now);
+    if !now.is_silent() {
+        return is == *leased;
+    }
+    let (ids, was) = (is.ids, leased.ids);
+    let kept = |ids: Ids| (ids.vendor, ids.device, ids.class);
+    kept(ids) == kept(was) && is.upstream == leased.upstream
 }
 
 /// Begins the end of an active lease, with `failure` as why it will have failed. `None` if it is
