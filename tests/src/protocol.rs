@@ -47,6 +47,9 @@ pub enum FromLab {
         /// Its arguments.
         arguments: Value,
     },
+    /// The lab boots anew, and says `Hello` after that. What was not ended is to be run again, which
+    /// then goes on where it was.
+    Reboot,
     /// A scenario has ended.
     End {
         /// The scenario's name.

@@ -9,7 +9,7 @@ use libvfio::error::ErrorKind;
 use libvfio::pci::Binding;
 use libvfio::policy::{Policy, Source};
 use nix::errno::Errno;
-use vfiod::broker::{Asker, Broker};
+use vfiod::broker::{Asker, Broker, Pools};
 use vfiod::request::{ApplyOptions, AttachOptions, ReleaseOptions};
 use vfiod_tests::sim::{Described, Effect, Fault, HGX8, Operation, Sim, WORKSTATION};
 use vfiod_tests::trial::{Setting, attach, eventually};
@@ -272,6 +272,33 @@ fn isolation_that_is_too_weak_for_the_pool_is_refused_with_the_grade() {
     let weaker = POLICY.replace("d3cold = false", "isolation = 'no-interrupt-remapping'");
     stage.reload(&weaker).unwrap();
     attach(&stage.broker, GPU, "alice").unwrap();
+}
+
+#[test]
+fn a_pool_is_leased_from_by_those_it_names_and_for_its_tenants() {
+    let policy = POLICY.replace("d3cold = false", "groups = ['vmops']\ntenants = ['ops-*']");
+    let stage = start(LAB, &policy);
+    stage.apply();
+    let ask = |pools: Pools, tenant: &str| {
+        let options = AttachOptions { pool: Some("gpus".into()), ..AttachOptions::default() };
+        let asker = Asker { user: 1000, pools, ..Asker::default() };
+        stage.broker.attach(&[], tenant, &options, asker)
+    };
+    let named = |name: &str| Pools::Named([name.to_owned()].into());
+    let refused = ask(named("vnics"), "ops-7").unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::NotAuthorized));
+    assert!(refused.to_string().contains("pool 'gpus'"), "{refused}");
+    let refused = ask(Pools::All, "alice").unwrap_err();
+    assert!(refused.to_string().contains("it is for ops-*"), "{refused}");
+    let lease = ask(named("gpus"), "ops-7").unwrap();
+    let devices: Vec<String> = lease.devices.keys().map(ToString::to_string).collect();
+    assert_eq!(devices, [GPU, AUDIO]);
+    let refused = ask(named("gpus"), "ops-8").unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Busy));
+    assert!(refused.to_string().contains("has 0 devices free"), "{refused}");
+    let options = AttachOptions { pool: Some("gpu".into()), ..AttachOptions::default() };
+    let missing = stage.broker.attach(&[], "ops-7", &options, Asker::default()).unwrap_err();
+    assert!(missing.to_string().contains("there are gpus, vnics, wired"), "{missing}");
 }
 
 /// Two cards of one kind, told apart by serial number.

@@ -2,10 +2,13 @@
 //! polkit; anything unclear is a no.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::sync::{Mutex, PoisonError};
 
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
+use libvfio::policy::Lessees;
+use nix::unistd::{Group, Uid, User, getgrouplist};
 use tracing::{info, warn};
 use zbus::fdo::DBusProxy;
 use zbus::message::{Flags, Header};
@@ -17,6 +20,8 @@ use zbus_polkit::policykit1::{AuthorityProxy, CheckAuthorizationFlags, Subject};
 pub enum Action {
     /// Take devices from the host for a tenant.
     Attach,
+    /// The same from a pool of the policy that names the caller.
+    AttachFromPool,
     /// Give devices back to the host.
     Release,
     /// Say whether a device is trusted.
@@ -38,6 +43,7 @@ impl Action {
     pub fn id(self) -> &'static str {
         match self {
             Self::Attach => "org.vfiod1.attach",
+            Self::AttachFromPool => "org.vfiod1.attach-from-pool",
             Self::Release => "org.vfiod1.release",
             Self::Quarantine => "org.vfiod1.quarantine",
             Self::VirtualFunctions => "org.vfiod1.virtual-functions",
@@ -47,6 +53,18 @@ impl Action {
             Self::LockMemory => "org.vfiod1.lock-memory",
         }
     }
+}
+
+/// Whether a pool names a user, or a group of it. Asks the host's user database, which may take long.
+pub fn is_named(user: u32, lessees: &Lessees) -> bool {
+    let Ok(Some(user)) = User::from_uid(Uid::from_raw(user)) else { return false };
+    if lessees.users.contains(&user.name) {
+        return true;
+    }
+    let name = CString::new(user.name).unwrap_or_default();
+    let own = getgrouplist(&name, user.gid).unwrap_or_default();
+    let group = |name: &String| Group::from_name(name).ok().flatten().map(|group| group.gid);
+    lessees.groups.iter().filter_map(group).any(|group| own.contains(&group))
 }
 
 /// Most callers remembered at a time.
@@ -88,6 +106,12 @@ impl Authority {
                 action.id()
             ),
         ))
+    }
+
+    /// The user id of the caller, and whether it may do everything.
+    pub async fn caller(&self, header: &Header<'_>) -> Result<(u32, bool), Failure> {
+        let user = self.user(header).await?;
+        Ok((user, user == 0 || user == self.owner))
     }
 
     /// Like [`check`](Self::check), but `owner` may, too.

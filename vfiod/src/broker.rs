@@ -18,7 +18,7 @@ mod shaping;
 mod virtual_functions;
 mod watching;
 
-pub use leasing::Asker;
+pub use leasing::{Asker, Pools};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -392,6 +392,8 @@ impl Broker {
             let physical = inventory.resolve(physical)?;
             let count = options.count.unwrap_or(1);
             devices.extend(self.free_virtual_functions(physical, count, barred)?);
+        } else if let Some(pool) = &options.pool {
+            devices.extend(self.free_in_pool(pool, options.count.unwrap_or(1), barred)?);
         } else {
             check_devices(names)?;
         }

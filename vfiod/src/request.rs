@@ -33,6 +33,8 @@ pub struct AttachOptions {
     pub shape: Shape,
     /// Choose free virtual functions of this physical one.
     pub vf_of: Option<String>,
+    /// Choose free devices of this pool of the policy.
+    pub pool: Option<String>,
     /// How many; one if not given.
     pub count: Option<u32>,
     /// End the lease when this process does.
@@ -160,6 +162,7 @@ impl AttachOptions {
                 "node_access" => options.node_access = flag(key, value)?,
                 "no_scrub" => options.no_scrub = flag(key, value)?,
                 "vf_of" => options.vf_of = Some(text(key, value)?),
+                "pool" => options.pool = Some(text(key, value)?),
                 "count" => options.count = Some(number(key, value)?),
                 "pid" => options.pid = Some(number(key, value)?),
                 "while_connected" => options.while_connected = flag(key, value)?,
@@ -169,8 +172,12 @@ impl AttachOptions {
                 },
             }
         }
-        if options.count.is_some() && options.vf_of.is_none() {
-            return Err(invalid("'count' says how many of 'vf_of'; give both".to_owned()));
+        if options.count.is_some() && options.vf_of.is_none() && options.pool.is_none() {
+            let why = "'count' says how many of 'vf_of' or 'pool'; give one of them too";
+            return Err(invalid(why.to_owned()));
+        }
+        if options.vf_of.is_some() && options.pool.is_some() {
+            return Err(invalid("give either 'vf_of' or 'pool'".to_owned()));
         }
         if options.count == Some(0) {
             return Err(invalid("'count' is at least 1".to_owned()));
@@ -198,7 +205,7 @@ impl AttachOptions {
 }
 
 fn unknown_to_attach(key: &str) -> Failure {
-    const KNOWN: [&str; 10] = [
+    const KNOWN: [&str; 11] = [
         "vm",
         "whole_group",
         "adopt",
@@ -206,6 +213,7 @@ fn unknown_to_attach(key: &str) -> Failure {
         "node_access",
         "no_scrub",
         "vf_of",
+        "pool",
         "count",
         "pid",
         "while_connected",

@@ -15,12 +15,18 @@ use crate::{exec, host, progress};
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "-1");
 
 /// Binaries and the directories they go to.
-const BINARIES: [(&str, &str); 3] =
-    [("vfiod", "usr/libexec"), ("vfiod-sim", "usr/libexec"), ("vfioctl", "usr/bin")];
+const BINARIES: [(&str, &str); 4] = [
+    ("vfiod", "usr/libexec"),
+    ("vfiod-early", "usr/libexec"),
+    ("vfiod-sim", "usr/libexec"),
+    ("vfioctl", "usr/bin"),
+];
 
 /// Files of the repository and the directories they go to.
-const FILES: [(&str, &str); 17] = [
+const FILES: [(&str, &str); 19] = [
     ("systemd/vfiod.service", "usr/lib/systemd/system"),
+    ("systemd/vfiod-early.service", "usr/lib/systemd/system"),
+    ("systemd/vfiod-provision.service", "usr/lib/systemd/system"),
     ("systemd/org.vfiod1.service", "usr/share/dbus-1/system-services"),
     ("systemd/org.vfiod1.conf", "usr/share/dbus-1/system.d"),
     ("systemd/org.vfiod1.xml", "usr/share/dbus-1/interfaces"),
@@ -42,6 +48,12 @@ const FILES: [(&str, &str); 17] = [
 /// Programs of others' that call ours, and the directories they go to. The administrator may change
 /// them.
 const HOOKS: [(&str, &str); 1] = [("vfiod/hooks/libvirt/50-vfiod", "etc/libvirt/hooks/qemu.d")];
+
+/// Programs that initramfs generators call, and where they look for them.
+const INITRAMFS: [(&str, &str); 2] = [
+    ("vfiod/hooks/initramfs/initramfs-tools", "usr/share/initramfs-tools/hooks/vfiod"),
+    ("vfiod/hooks/initramfs/module-setup.sh", "usr/lib/dracut/modules.d/90vfiod/module-setup.sh"),
+];
 
 /// Completion scripts as vfioctl names them, and as each shell wants them.
 const COMPLETIONS: [(&str, &str); 3] = [
@@ -79,6 +91,9 @@ pub(crate) fn build() -> Result<PathBuf> {
             let source = exec::root().join(file);
             let name = source.file_name().context("a file without a name")?;
             install(&source, &stage.join(directory).join(name), mode)?;
+        }
+        for (file, destination) in INITRAMFS {
+            install(&exec::root().join(file), &stage.join(destination), 0o755)?;
         }
         stage_generated(&stage)?;
         stage_documents(&stage)?;

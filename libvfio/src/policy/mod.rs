@@ -5,6 +5,7 @@
 mod assign;
 mod facts;
 mod files;
+pub mod import;
 pub mod keys;
 mod problem;
 mod read;

@@ -42,6 +42,16 @@ impl Lab {
         self.link.send(&FromLab::Bench { row })
     }
 
+    /// Boots the lab anew. Does not return: the scenario is run again after that.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.qmp("set-action", serde_json::json!({"reboot": "reset"}))?;
+        self.link.send(&FromLab::Reboot)?;
+        command::run(["systemctl", "reboot"])?.success()?;
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+
     /// Runs a QMP command on the machine the lab runs in and returns its answer.
     pub fn qmp(&mut self, execute: &str, arguments: Value) -> Result<Value> {
         self.link.send(&FromLab::Qmp { execute: execute.to_owned(), arguments })?;

@@ -26,9 +26,21 @@ use crate::transition::{Stopped, Walk, Watcher};
 pub struct Asker {
     /// User id.
     pub user: u32,
+    /// The pools that name the user, or that it may do everything.
+    pub pools: Pools,
     /// What the lease ends with, if the caller wants it bound to the connection that the call came
     /// over.
     pub connection: Option<Bound>,
+}
+
+/// The pools that somebody may lease from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Pools {
+    /// All of them.
+    #[default]
+    All,
+    /// Those that name nobody, and these.
+    Named(BTreeSet<String>),
 }
 
 /// What a lease is to be.
@@ -36,6 +48,7 @@ struct Wanted<'a> {
     tenant: &'a str,
     options: &'a AttachOptions,
     user: u32,
+    pools: Pools,
     bound: Option<Bound>,
 }
 
@@ -49,7 +62,7 @@ impl Broker {
         asker: Asker,
     ) -> Result<Lease, Failure> {
         let (owner, bound) = bound(options, asker.connection)?;
-        let wanted = Wanted { tenant, options, user: asker.user, bound };
+        let wanted = Wanted { tenant, options, user: asker.user, pools: asker.pools, bound };
         let mut barred = BTreeSet::new();
         let lease = loop {
             let request = self.request(names, options, wanted.user, &barred)?;
@@ -61,7 +74,8 @@ impl Broker {
                     let refused: BTreeSet<PciAddress> = refused.filter_map(Result::ok).collect();
                     let chosen = request.devices.iter().any(|device| refused.contains(device));
                     let for_all = refusal.kind() == ErrorKind::Unsupported;
-                    if options.vf_of.is_none() || !chosen || for_all {
+                    let any_will_do = options.vf_of.is_some() || options.pool.is_some();
+                    if !any_will_do || !chosen || for_all {
                         return Err(refusal.into());
                     }
                     barred.extend(refused);
@@ -90,6 +104,7 @@ impl Broker {
             Ok(plan) => plan,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        data.refuse_lessee(&plan, wanted.tenant, &wanted.pools)?;
         let lease = Lease {
             tenant: wanted.tenant.to_owned(),
             vm: wanted.options.vm.clone(),

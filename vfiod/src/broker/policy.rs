@@ -12,13 +12,15 @@ use libvfio::client::{Failure, PolicyRecord, UnitRecord};
 use libvfio::error::ErrorKind;
 use libvfio::iommu::Isolation;
 use libvfio::pci::{Function, Identity};
-use libvfio::plan::{self, Circumstances, Rule, Standing, Unit, Wish};
+use libvfio::plan::{self, Circumstances, Plan, Rule, Standing, Unit, Wish};
 use libvfio::policy::{self, Assignment, Facts, Mode, Policy, Pool, Role, Selector};
 use libvfio::step::Step;
 use tracing::{error, info, warn};
 
-use super::{Around, Broker, Data, circumstances, internal};
+use super::{Around, Broker, Data, Pools, circumstances, internal};
+use crate::authority::is_named;
 use crate::durable;
+use crate::request::AttachOptions;
 
 /// The policy, and what goes with it.
 #[derive(Debug, Clone, Default)]
@@ -136,7 +138,105 @@ fn kept(pool: &Pool, role: Role) -> Option<&'static str> {
     }
 }
 
+impl Data {
+    /// Refuses what the pools of a plan's devices do not give to this tenant, or this caller.
+    pub(super) fn refuse_lessee(
+        &self,
+        plan: &Plan,
+        tenant: &str,
+        pools: &Pools,
+    ) -> Result<(), Failure> {
+        let assignment = self.assignment();
+        for device in plan.devices.keys() {
+            let Some(pool) = assignment.pool(&self.in_force.policy, *device) else { continue };
+            let name = &pool.name;
+            let refused = |why: String| Err(Failure::new(ErrorKind::NotAuthorized, why));
+            if !pool.lessees.serves(tenant) {
+                let tenants = pool.lessees.tenants.join(", ");
+                return refused(format!(
+                    "{device} is in pool '{name}', which is not for tenant '{tenant}'; it is for \
+                     {tenants}"
+                ));
+            }
+            let named = match pools {
+                Pools::All => true,
+                Pools::Named(pools) => pools.contains(name),
+            };
+            if pool.lessees.names_callers() && !named {
+                return refused(format!(
+                    "{device} is in pool '{name}', whose users and groups do not include the \
+                     caller; lease from another, or have an administrator change the policy"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Broker {
+    /// The pools that name a user, of those that name anybody. Blocks.
+    pub fn pools_naming(&self, user: u32) -> BTreeSet<String> {
+        let policy = self.data().in_force.policy.clone();
+        let naming = policy.pools.iter().filter(|pool| is_named(user, &pool.lessees));
+        naming.map(|pool| pool.name.clone()).collect()
+    }
+
+    /// The pools that a call's devices are in; an empty name for one that is in none.
+    pub fn pools_of(&self, names: &[String], options: &AttachOptions) -> BTreeSet<String> {
+        if let Some(pool) = &options.pool {
+            return BTreeSet::from([pool.clone()]);
+        }
+        let data = self.data();
+        let assignment = data.assignment();
+        let pool = |name: &String| {
+            let address = data.inventory.resolve(name).ok();
+            let pool = address.and_then(|at| assignment.pool(&data.in_force.policy, at));
+            pool.map(|pool| pool.name.clone()).unwrap_or_default()
+        };
+        names.iter().chain(&options.vf_of).map(pool).collect()
+    }
+
+    /// The first `count` devices of a pool that nothing is known to keep from a lease, but for those
+    /// `barred`, with all their functions.
+    pub(super) fn free_in_pool(
+        &self,
+        name: &str,
+        count: u32,
+        barred: &BTreeSet<PciAddress>,
+    ) -> Result<Vec<PciAddress>, Failure> {
+        let data = self.data();
+        let looked = data.looked_at();
+        let Some(at) = looked.policy.pools.iter().position(|pool| pool.name == name) else {
+            let pools: Vec<&str> = looked.policy.pools.iter().map(|p| p.name.as_str()).collect();
+            let why = match pools.as_slice() {
+                [] => format!("there is no pool '{name}': the policy has none"),
+                pools => format!("there is no pool '{name}'; there are {}", pools.join(", ")),
+            };
+            return Err(Failure::new(ErrorKind::NotFound, why));
+        };
+        let quarantined = data.quarantined();
+        let free = |address: &PciAddress| {
+            !barred.contains(address)
+                && !quarantined.contains_key(address)
+                && data.holder(*address).is_none()
+                && looked.inventory.get(*address).is_some()
+        };
+        let leads = plan::policy_leads(&looked.inventory, &looked.wish());
+        let own = leads.iter().filter(|lead| lead.pool == at && lead.kind == plan::Kind::Device);
+        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
+        let free: Vec<&plan::Lead> =
+            own.filter(|lead| lead.members.iter().all(free)).take(wanted).collect();
+        if free.len() < wanted {
+            let why = format!(
+                "pool '{name}' has {} devices free, and {count} were asked for; wait, or ask for \
+                 fewer ('vfioctl status' shows who has them)",
+                free.len()
+            );
+            return Err(Failure::new(ErrorKind::Busy, why));
+        }
+        Ok(free.into_iter().flat_map(|lead| lead.members.iter().copied()).collect())
+    }
+
     /// Reads the policy on start. One that is wrong is none, and is told of.
     pub(super) fn first_policy(&self) {
         match self.read_policy() {

@@ -1,6 +1,6 @@
 //! `org.vfiod1.Manager`: the calls. `docs/dbus.md` describes them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use libvfio::client::{
@@ -15,7 +15,7 @@ use zbus::wire::OwnedObjectPath;
 
 use super::Caller;
 use crate::authority::Action;
-use crate::broker::{Asker, Broker};
+use crate::broker::{Asker, Broker, Pools};
 use crate::history::Entry;
 use crate::request::{
     ApplyOptions, AttachOptions, HistoryOptions, ListOptions, RawOptions, ReleaseOptions,
@@ -53,17 +53,34 @@ impl ManagerObject {
     ) -> Result<(String, OwnedObjectPath), Failure> {
         check_name("tenant", &tenant)?;
         let options = AttachOptions::read(&options)?;
-        let listed = devices.join(" ");
-        let details = HashMap::from([("tenant", tenant.as_str()), ("devices", listed.as_str())]);
         let authority = &self.caller.authority;
-        let user = authority.check(&header, Action::Attach, &details).await?;
+        let (user, is_root) = authority.caller(&header).await?;
+        let (names, wanted) = (devices.clone(), options.clone());
+        let of = move |broker: &Arc<Broker>| {
+            let naming = if is_root { BTreeSet::new() } else { broker.pools_naming(user) };
+            Ok((naming, broker.pools_of(&names, &wanted)))
+        };
+        let (naming, pools) = self.caller.run(of).await?;
+        let listed = devices.join(" ");
+        let in_pools = pools.iter().map(String::as_str).collect::<Vec<_>>().join(" ");
+        let details = HashMap::from([
+            ("tenant", tenant.as_str()),
+            ("devices", listed.as_str()),
+            ("pool", in_pools.trim()),
+        ]);
+        // Whoever is named by all of the devices' pools needs nobody else's consent, unless a site's
+        // rules say otherwise.
+        let from_pools = !pools.is_empty() && pools.is_subset(&naming);
+        let action = if from_pools { Action::AttachFromPool } else { Action::Attach };
+        authority.check(&header, action, &details).await?;
+        let may = if is_root { Pools::All } else { Pools::Named(naming) };
         if options.allow_protected {
             authority.check(&header, Action::OverrideProtection, &details).await?;
         }
         let connections = &self.caller.connections;
         let connection =
             if options.while_connected { Some(connections.bound(&header).await?) } else { None };
-        let asker = Asker { user, connection: connection.clone() };
+        let asker = Asker { user, pools: may, connection: connection.clone() };
         let attach = move |broker: &Arc<Broker>| broker.attach(&devices, &tenant, &options, asker);
         let lease = self.caller.run(attach).await?;
         if let Some(bound) = connection {

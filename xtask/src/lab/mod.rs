@@ -75,7 +75,7 @@ pub(crate) fn run(action: Option<&Action>) -> Result<ExitCode> {
 pub(crate) fn play(selection: Selection<'_>, kernel: Kernel, voice: Voice) -> Result<Summary> {
     let agent = exec::build_agent()?;
     let chosen = selection.choose(&scenarios(&agent)?, kernel)?;
-    boot(agent, kernel, Console::Log, chosen.machine)?.play(chosen.names, voice)
+    boot(agent, kernel, Console::Log, chosen.machine)?.play(&chosen.names, voice)
 }
 
 /// `cargo xtask demo`.

@@ -49,17 +49,24 @@ impl Session {
         let link = BufReader::new(vm.agent.try_clone()?);
         link.get_ref().set_read_timeout(Some(PATIENCE))?;
         let mut session = Self { vm, link };
-        match session.receive()? {
-            FromLab::Hello { .. } => Ok(session),
+        session.booted()?;
+        Ok(session)
+    }
+
+    /// Waits until the agent is there.
+    fn booted(&mut self) -> Result<()> {
+        match self.receive()? {
+            FromLab::Hello { .. } => Ok(()),
             FromLab::Broken { detail } => bail!("the lab cannot serve: {detail}"),
             other => bail!("the agent began with {other:?}"),
         }
     }
 
     /// Runs scenarios and tells of them on standard output.
-    pub(super) fn play(mut self, names: Vec<String>, voice: Voice) -> Result<Summary> {
-        self.send(&ToLab::Run { scenarios: names })?;
+    pub(super) fn play(mut self, names: &[String], voice: Voice) -> Result<Summary> {
+        self.send(&ToLab::Run { scenarios: names.to_owned() })?;
         let mut summary = Summary::default();
+        let mut rebooted = false;
         loop {
             match self.receive()? {
                 FromLab::Done => return Ok(summary),
@@ -69,6 +76,13 @@ impl Session {
                     let result = result.map_err(|error| format!("{error:#}"));
                     self.send(&ToLab::Qmp { result })?;
                 }
+                FromLab::Reboot => {
+                    self.booted()?;
+                    rebooted = true;
+                    let left = names.get(summary.passed + summary.failed..).unwrap_or_default();
+                    self.send(&ToLab::Run { scenarios: left.to_vec() })?;
+                }
+                FromLab::Begin { .. } if std::mem::take(&mut rebooted) => {}
                 FromLab::Begin { scenario } if voice == Voice::Steps => println!("{scenario}"),
                 FromLab::Begin { .. } => {}
                 FromLab::Step { text } if voice == Voice::Steps => println!("    {text}"),

@@ -2,6 +2,7 @@
 
 mod attach;
 mod bench;
+mod boot;
 mod conformance;
 mod demo;
 mod descriptors;
@@ -54,6 +55,11 @@ impl Scenario {
     /// It is run for itself.
     const fn by_name(self) -> Self {
         Self { by_name: true, ..self }
+    }
+
+    /// It boots the lab anew, with the distribution's initial programs, and so by name only.
+    const fn with_boots(self) -> Self {
+        Self { kernels: &[Kernel::Distribution], by_name: true, ..self }
     }
 
     /// It shows what only the lab's own kernel can do.
@@ -115,6 +121,8 @@ const SCENARIOS: &[Scenario] = &[
     .on_own_kernel(),
     scenario("mediated", "a part of a device, made for a lease and gone with it", mediated::run)
         .on_own_kernel(),
+    scenario("boot-policy", "the policy through cold boots, a broken one among them", boot::policy)
+        .with_boots(),
     scenario("demo", "the product at work, told as a story", demo::run),
     scenario("bench-guests", "what starting guests costs beside libvirt and QEMU", bench::guests)
         .by_name(),

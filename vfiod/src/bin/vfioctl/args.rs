@@ -252,13 +252,16 @@ pub(crate) struct ListArgs {
 pub(crate) struct AttachArgs {
     /// The devices: 03:00.0, 10de:2330 or gpu; functions that share a slot and a group come along.
     /// PARENT/TYPE makes a mediated device
-    #[arg(value_name = "DEV", required_unless_present = "vf_of")]
+    #[arg(value_name = "DEV", required_unless_present_any = ["vf_of", "pool"])]
     pub(crate) devices: Vec<String>,
     /// Choose free virtual functions of this physical one, the lowest indices first
-    #[arg(long, value_name = "PF", conflicts_with = "devices")]
+    #[arg(long, value_name = "PF", conflicts_with = "devices", group = "choosing")]
     pub(crate) vf_of: Option<String>,
-    /// How many virtual functions to choose
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "vf_of")]
+    /// Choose free devices of this pool of the policy, the lowest addresses first
+    #[arg(long, value_name = "POOL", conflicts_with = "devices", group = "choosing")]
+    pub(crate) pool: Option<String>,
+    /// How many to choose
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "choosing")]
     pub(crate) count: u32,
     /// Who gets them: 1 to 64 letters, digits and . _ : @ + -
     #[arg(long, value_name = "TENANT", required_unless_present = "dry_run")]
@@ -441,6 +444,15 @@ pub(crate) enum PolicyAction {
     Schema,
     /// Have vfiod read the policy anew; one that is wrong leaves the one in force
     Reload,
+    /// Propose a policy from what this host has: options of vfio-pci, overrides of driverctl, devices
+    /// of libvirt's domains
+    ///
+    /// Prints it, with a comment for each thing that it would replace. Changes nothing.
+    Import {
+        /// Look at the host described in this directory instead of the running one
+        #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
+        root: PathBuf,
+    },
     /// Print the udev rules that a policy becomes for the next boot
     Compile(PolicyFiles),
 }

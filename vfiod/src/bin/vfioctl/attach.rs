@@ -61,7 +61,7 @@ async fn plan(
 ) -> Result<ExitCode, Trouble> {
     let reply = bus.ask("Plan", &(devices, options(args))).await?;
     let plan: PlanRecord = reply.read()?;
-    let asked = match &args.vf_of {
+    let asked = match args.vf_of.as_ref().or(args.pool.as_ref()) {
         Some(physical) => format!("{} of {physical}", args.count),
         None => devices.join(", "),
     };
@@ -79,8 +79,9 @@ fn options(args: &AttachArgs) -> Options<'_> {
     if let Some(vm) = &args.vm {
         options.insert("vm", vm.as_str().into());
     }
-    if let Some(physical) = &args.vf_of {
-        options.insert("vf_of", physical.as_str().into());
+    for (name, given) in [("vf_of", &args.vf_of), ("pool", &args.pool)] {
+        let Some(given) = given else { continue };
+        options.insert(name, given.as_str().into());
         options.insert("count", args.count.into());
     }
     if let Some(pid) = args.pid {
@@ -145,6 +146,7 @@ mod tests {
             whole_group: true,
             adopt: false,
             vf_of: None,
+            pool: None,
             count: 1,
             shaping: crate::shaping::Shaping::default(),
             pid: Some(7),

@@ -3,14 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 
 use libvfio::client::Options;
 use libvfio::error::ErrorKind;
 use libvfio::host::HostRoot;
 use libvfio::inventory::Inventory;
+use libvfio::policy::import::{self, Found};
 use libvfio::policy::{self, Assignment, Facts, Policy, Pool, Problem, Role, Source, keys};
 use serde_json::{Value, json};
+use vfiod::libvirt::Domain;
 
 use crate::args::{PolicyAction, PolicyFiles};
 use crate::bus::Bus;
@@ -23,6 +26,9 @@ pub(crate) fn run(action: &PolicyAction, out: &Output) -> Result<ExitCode, Troub
         PolicyAction::Check(files) => check(files, out),
         PolicyAction::Show(files) => show(files, out).map(|()| ExitCode::SUCCESS),
         PolicyAction::Schema => schema(out).map(|()| ExitCode::SUCCESS),
+        PolicyAction::Import { root } => {
+            import(&HostRoot::new(root), out).map(|()| ExitCode::SUCCESS)
+        }
         PolicyAction::Compile(files) => compile(files).map(|()| ExitCode::SUCCESS),
         // Asked of the daemon.
         PolicyAction::Reload => Ok(ExitCode::SUCCESS),
@@ -37,6 +43,70 @@ pub(crate) async fn reload(bus: &Bus, out: &Output) -> Result<(), Trouble> {
     }
     let (files, units) = (policy.files.len(), policy.units.len());
     print(&format!("{files} files read, {units} devices in pools; 'vfioctl plan' shows the rest\n"))
+}
+
+/// Where modprobe(8) finds options, the first place that counts first.
+const MODPROBE: [&str; 4] =
+    ["etc/modprobe.d", "run/modprobe.d", "usr/local/lib/modprobe.d", "usr/lib/modprobe.d"];
+/// Where driverctl(8) keeps overrides.
+const DRIVERCTL: &str = "etc/driverctl.d";
+/// Where libvirt keeps domains.
+const DOMAINS: &str = "etc/libvirt/qemu";
+
+fn import(host: &HostRoot, out: &Output) -> Result<(), Trouble> {
+    let unread = |error: libvfio::error::Error| Trouble::new(error.kind(), error.to_string());
+    let inventory = Inventory::scan(host).map_err(unread)?;
+    let found = found(host).map_err(unread)?;
+    let proposal = import::proposal(&found, &inventory);
+    if out.json {
+        let found = found
+            .iter()
+            .map(|found| json!({"place": found.place, "what": found.what, "then": found.then}));
+        let found: Vec<Value> = found.collect();
+        return print_json(&json!({"found": found, "policy": proposal}));
+    }
+    if found.is_empty() {
+        anstream::eprintln!("this host has nothing that a policy would replace");
+    }
+    print(&proposal)
+}
+
+fn found(host: &HostRoot) -> Result<Vec<Found>, libvfio::error::Error> {
+    let files = |directory: &str| -> Result<Vec<(String, String, String)>, libvfio::error::Error> {
+        let mut files = Vec::new();
+        for name in host.names(directory)? {
+            let path = format!("{directory}/{name}");
+            if host.path(&path).is_file()
+                && let Some(text) = host.text(&path)?
+            {
+                files.push((name, format!("/{path}"), text));
+            }
+        }
+        Ok(files)
+    };
+    let mut found = Vec::new();
+    for directory in MODPROBE {
+        for (_, path, text) in files(directory)?.into_iter().filter(|f| ends(&f.1, "conf")) {
+            found.extend(import::modprobe(&path, &text));
+        }
+    }
+    found.extend(import::command_line(&host.proc("cmdline")?.unwrap_or_default()));
+    for (name, _, text) in files(DRIVERCTL)? {
+        found.extend(import::driverctl("/etc/driverctl.d", &name, &text));
+    }
+    for (name, path, text) in files(DOMAINS)?.into_iter().filter(|f| ends(&f.1, "xml")) {
+        match Domain::parse(&text) {
+            Ok(domain) => {
+                found.extend(import::domain(&path, &domain.name, &domain.functions));
+            }
+            Err(error) => anstream::eprintln!("{WARN}{name}: {error}{WARN:#}"),
+        }
+    }
+    Ok(found)
+}
+
+fn ends(path: &str, extension: &str) -> bool {
+    Path::new(path).extension().is_some_and(|own| own == extension)
 }
 
 fn compile(files: &PolicyFiles) -> Result<(), Trouble> {
