@@ -115,7 +115,7 @@ fn as_wanted(lab: &mut Lab) -> Result<()> {
     let idle = |unit: &serde_json::Value| unit["standing"] == "as-wanted";
     ensure!(again["units"].as_array().is_some_and(|units| units.iter().all(idle)), "{again}");
     lab.step("applying again has nothing to do")?;
-    fs::write(FILE, POLICY.replace("mode", "mood"))?;
+    fs::write(FILE, POLICY.replace("mode", "moed"))?;
     next(lab, "broken")
 }
 
