@@ -70,7 +70,10 @@ impl Session {
         loop {
             match self.receive()? {
                 FromLab::Done => return Ok(summary),
-                FromLab::Bench { row } => summary.rows.push(row),
+                FromLab::Bench { row } => {
+                    println!("    {}: {:.1} {}", row.name, row.median, row.unit);
+                    summary.rows.push(row);
+                }
                 FromLab::Qmp { execute, arguments } => {
                     let result = self.vm.qmp.execute(&execute, &arguments);
                     let result = result.map_err(|error| format!("{error:#}"));
