@@ -176,6 +176,16 @@ fn hint(nearest: Option<&String>) -> String {
     nearest.map(|name| format!("; did you mean {name}?")).unwrap_or_default()
 }
 
+/// Of some names, the one most like `name`, if any is alike at all.
+pub(crate) fn nearest<T: AsRef<str>>(name: &str, known: impl IntoIterator<Item = T>) -> Option<T> {
+    known
+        .into_iter()
+        .map(|known| (strsim::jaro_winkler(name, known.as_ref()), known))
+        .filter(|(likeness, _)| *likeness > 0.8)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, known)| known)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

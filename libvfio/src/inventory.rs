@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 
 use crate::address::PciAddress;
-use crate::error::Error;
+use crate::error::{Error, nearest};
 use crate::host::{HostRoot, plain};
 use crate::ids::{self, Names};
 use crate::iommu::{Group, Isolation, Platform, Sharing};
@@ -244,12 +244,7 @@ impl Inventory {
         let full = name.parse::<PciAddress>().map_or_else(|_| name.to_owned(), |a| a.to_string());
         let addresses = self.functions.keys().map(ToString::to_string);
         let aliases = ClassAlias::ALL.iter().map(|alias| alias.name().to_owned());
-        addresses
-            .chain(aliases)
-            .map(|candidate| (strsim::jaro_winkler(&full, &candidate), candidate))
-            .filter(|(likeness, _)| *likeness > 0.8)
-            .max_by(|a, b| a.0.total_cmp(&b.0))
-            .map(|(_, candidate)| candidate)
+        nearest(&full, addresses.chain(aliases))
     }
 }
 

@@ -4,7 +4,7 @@
 use super::reasons::leased;
 use super::{Circumstances, Reason, Request};
 use crate::address::PciAddress;
-use crate::error::ErrorKind;
+use crate::error::{ErrorKind, nearest};
 use crate::inventory::Inventory;
 use crate::mediated::{TypeName, Types};
 use crate::step::Step;
@@ -67,7 +67,7 @@ fn refuse_parent(
         return None;
     }
     let to_do = "load the driver that does that; 'vfioctl mdev list' shows what can be";
-    let to_do = nearest(&of.parent, circumstances.parents.keys(), to_do);
+    let to_do = meant(&of.parent, circumstances.parents.keys(), to_do);
     let text = "cannot be made into mediated devices";
     Some(reason(object(), (ErrorKind::NotFound, "no-parent"), text, &to_do))
 }
@@ -75,7 +75,7 @@ fn refuse_parent(
 fn refuse_type(circumstances: &Circumstances, of: &TypeName, count: usize) -> Option<Reason> {
     let types: &Types = circumstances.parents.get(&of.parent)?;
     let Some(kind) = types.get(&of.kind) else {
-        let to_do = nearest(&of.kind, types.keys(), "'vfioctl mdev list' shows its types");
+        let to_do = meant(&of.kind, types.keys(), "'vfioctl mdev list' shows its types");
         let text = format!("has no type of mediated devices {}", of.kind);
         return Some(reason(of.parent.clone(), (ErrorKind::NotFound, "no-type"), &text, &to_do));
     };
@@ -93,12 +93,10 @@ fn refuse_type(circumstances: &Circumstances, of: &TypeName, count: usize) -> Op
 }
 
 /// What to do, with what may have been meant.
-fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>, to_do: &str) -> String {
-    let alike = |known: &'a String| (strsim::jaro_winkler(name, known), known);
-    let best = known.map(alike).max_by(|a, b| a.0.total_cmp(&b.0));
-    match best {
-        Some((likeness, known)) if likeness > 0.8 => format!("did you mean {known}? {to_do}"),
-        _ => to_do.to_owned(),
+fn meant<'a>(name: &str, known: impl Iterator<Item = &'a String>, to_do: &str) -> String {
+    match nearest(name, known) {
+        Some(known) => format!("did you mean {known}? {to_do}"),
+        None => to_do.to_owned(),
     }
 }
 
