@@ -23,18 +23,49 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Exits as applying would.
 pub(crate) async fn plan(bus: &Bus, out: &Output) -> Result<ExitCode, Trouble> {
+    tell(&standing(bus, out).await?, out, to_do)
+}
+
+/// Where the host stands.
+pub(crate) async fn status(bus: &Bus, out: &Output) -> Result<ExitCode, Trouble> {
+    let all = |units: &[UnitRecord]| {
+        if !units.is_empty() {
+            out.table(&table(units), "")?;
+        }
+        let odd = units.iter().filter(|unit| !unit.reasons.is_empty());
+        print(&odd.map(reasons).collect::<String>())
+    };
+    tell(&standing(bus, out).await?, out, all)
+}
+
+async fn standing(bus: &Bus, out: &Output) -> Result<Reply, Trouble> {
     let reply = bus.ask("PlanPolicy", &(Options::new(),)).await?;
+    if !out.json {
+        bus.note_simulation().await;
+    }
+    Ok(reply)
+}
+
+/// The policy: what is wrong with it, what `body` has of its units, and how many stand where.
+fn tell(
+    reply: &Reply,
+    out: &Output,
+    body: impl FnOnce(&[UnitRecord]) -> Result<(), Trouble>,
+) -> Result<ExitCode, Trouble> {
     let policy: PolicyRecord = reply.read()?;
     if out.json {
         print_json(&reply.json()?)?;
     } else {
-        bus.note_simulation().await;
         print(&head(&policy))?;
-        let to_do = policy.units.iter().filter(|unit| !unit.is_as_wanted());
-        print(&to_do.map(story).collect::<String>())?;
+        body(&policy.units)?;
         print(&summary(&policy))?;
     }
     Ok(status_of(&policy))
+}
+
+fn to_do(units: &[UnitRecord]) -> Result<(), Trouble> {
+    let to_do = units.iter().filter(|unit| !unit.is_as_wanted());
+    print(&to_do.map(story).collect::<String>())
 }
 
 pub(crate) async fn run(bus: &Bus, args: &ApplyArgs, out: &Output) -> Result<ExitCode, Trouble> {
@@ -48,21 +79,7 @@ pub(crate) async fn run(bus: &Bus, args: &ApplyArgs, out: &Output) -> Result<Exi
     if args.accept {
         options.insert("accept", true.into());
     }
-    let reply = apply(bus, options, out).await?;
-    done(&reply, out)
-}
-
-fn done(reply: &Reply, out: &Output) -> Result<ExitCode, Trouble> {
-    let policy: PolicyRecord = reply.read()?;
-    if out.json {
-        print_json(&reply.json()?)?;
-    } else {
-        print(&head(&policy))?;
-        let left = policy.units.iter().filter(|unit| !unit.is_as_wanted());
-        print(&left.map(story).collect::<String>())?;
-        print(&summary(&policy))?;
-    }
-    Ok(status_of(&policy))
+    tell(&apply(bus, options, out).await?, out, to_do)
 }
 
 /// Applies, with a line for each step as it happens.
@@ -116,7 +133,7 @@ async fn boot(bus: &Bus, out: &Output) -> Result<ExitCode, Trouble> {
     }
     let options = Options::from([("boot", true.into())]);
     let applied = tokio::time::timeout(within(limit), apply(bus, options, out)).await;
-    done(&applied.map_err(|_| late("the policy", limit))??, out)
+    tell(&applied.map_err(|_| late("the policy", limit))??, out, to_do)
 }
 
 /// Until udev has dealt with all devices there are.
@@ -127,25 +144,6 @@ async fn settle(limit: Duration) {
         let _ = std::process::Command::new("udevadm").args(["settle", &seconds]).status();
     };
     let _ = tokio::task::spawn_blocking(settle).await;
-}
-
-/// Where the host stands.
-pub(crate) async fn status(bus: &Bus, out: &Output) -> Result<ExitCode, Trouble> {
-    let reply = bus.ask("PlanPolicy", &(Options::new(),)).await?;
-    let policy: PolicyRecord = reply.read()?;
-    if out.json {
-        print_json(&reply.json()?)?;
-    } else {
-        bus.note_simulation().await;
-        print(&head(&policy))?;
-        if !policy.units.is_empty() {
-            out.table(&table(&policy.units), "")?;
-        }
-        let odd = policy.units.iter().filter(|unit| !unit.reasons.is_empty());
-        print(&odd.map(reasons).collect::<String>())?;
-        print(&summary(&policy))?;
-    }
-    Ok(status_of(&policy))
 }
 
 /// Whether this boot did what the policy wanted; if not, what stopped it.
