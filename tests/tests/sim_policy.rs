@@ -377,8 +377,14 @@ fn rules_say_for_the_next_boot_what_the_policy_says() {
     stage.apply();
     let known = r#"ATTR{vendor}=="0x8086", ATTR{device}=="0x10d3""#;
     assert!(rules().contains(known), "{}", rules());
+    assert!(rules().contains(r#"/0000:06:00.0""#) && rules().contains("DEVPATH"), "{}", rules());
     stage.reload("").unwrap();
     assert!(rules().is_empty(), "{}", rules());
+    // No rule reads a serial number, and the card there may be another one by the next boot.
+    let stage = start(&cards(7, 8), by_address);
+    stage.apply();
+    let rules = std::fs::read_to_string(stage.records.path().join("rules")).unwrap();
+    assert!(rules.contains("pool a: asked for") && !rules.contains("KERNEL"), "{rules}");
 }
 
 #[test]

@@ -30,9 +30,14 @@ pub fn rules(
     let mut asks = false;
     for pool in policy.pools.iter().filter(|pool| pool.mode == Mode::Passthrough) {
         let name = &pool.name;
-        // Virtual functions are made later, with host drivers kept from them, and what is counted
-        // or named by its serial number or slot takes more than a rule.
-        let plain = |selector: &Selector| selector.serial.is_none() && selector.slot.is_none();
+        // Virtual functions are made later, with host drivers kept from them, and what is counted,
+        // named by its serial number or slot, or known by that number takes more than a rule.
+        let met = |selector: &Selector| selector.address.and_then(|at| known.get(&at));
+        let plain = |selector: &Selector| {
+            let by_serial = selector.serial.is_some()
+                || met(selector).is_some_and(|known| known.serial.is_some());
+            !by_serial && selector.slot.is_none()
+        };
         let all = || pool.select.iter().chain(&pool.except);
         if pool.vfs.is_some() {
             continue;
@@ -95,8 +100,9 @@ fn terms(selector: &Selector, facts: &Facts, known: &BTreeMap<PciAddress, Identi
     let mut terms = Vec::new();
     let mut attribute =
         |name: &str, value: String| terms.push(format!("ATTR{{{name}}}==\"{value}\""));
-    let ids = selector.address.and_then(|address| known.get(&address)).map(|known| known.ids);
-    let Ids { vendor, device, subsystem_vendor, subsystem_device, .. } = ids.unwrap_or_default();
+    let met = selector.address.and_then(|address| known.get(&address));
+    let ids = met.map(|known| known.ids).unwrap_or_default();
+    let Ids { vendor, device, subsystem_vendor, subsystem_device, .. } = ids;
     let wanted_subsystem = selector.subsystem.or(subsystem_vendor.zip(subsystem_device));
     if let Some(id) = selector.vendor.or(vendor) {
         attribute("vendor", format!("0x{id:04x}"));
@@ -122,6 +128,11 @@ fn terms(selector: &Selector, facts: &Facts, known: &BTreeMap<PciAddress, Identi
     }
     if let Some(address) = selector.address {
         terms.push(format!("KERNEL==\"{address}\""));
+        let ports = met.into_iter().flat_map(|known| &known.upstream).chain([&address]);
+        let way: Vec<String> = ports.map(ToString::to_string).collect();
+        if way.len() > 1 {
+            terms.push(format!("DEVPATH==\"*/{}\"", way.join("/")));
+        }
     }
     if let Some(path) = &selector.path {
         terms.push(format!("DEVPATH==\"{}\"", device_path(path)));
