@@ -2,7 +2,7 @@
 //! task of the daemon's own, so that it survives what leases survive: a device is as it was, or as
 //! wanted. What is leased waits.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -39,12 +39,30 @@ impl Broker {
         let started = Instant::now();
         let one_at_a_time = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         noted(self.meet(options.accept))?;
-        let before = self.plan_policy()?;
+        let mut record = self.plan_policy()?;
         let looked = self.data().looked_at();
         let leads = plan::policy_leads(&looked.inventory, &looked.wish());
         self.data().in_force.given_up.clear();
-        let mut record = PolicyRecord { units: Vec::new(), ..before };
+        let numbers: BTreeSet<PciAddress> = leads
+            .iter()
+            .filter(|lead| lead.kind == Kind::Physical)
+            .map(|lead| lead.device)
+            .collect();
+        let mut as_wanted: BTreeMap<PciAddress, UnitRecord> = BTreeMap::new();
+        for unit in std::mem::take(&mut record.units).into_iter().filter(UnitRecord::is_as_wanted) {
+            as_wanted.extend(unit.device.parse().map(|device| (device, unit)));
+        }
         for lead in leads {
+            // What was as wanted a moment ago needs no second look, unless it is made anew.
+            let parent = looked.inventory.get(lead.device).and_then(|f| f.physical());
+            let anew =
+                parent.is_some_and(|of| numbers.contains(&of) && !as_wanted.contains_key(&of));
+            let there = looked.inventory.get(lead.device).is_some();
+            if let Some(unit) = as_wanted.get(&lead.device).filter(|_| there && !anew) {
+                self.data().in_force.waiting.remove(&lead.device);
+                record.units.push(unit.clone());
+                continue;
+            }
             let Some(conformed) = self.conform(&lead, user)? else { continue };
             let waits = conformed.unit.standing() == Standing::Waits;
             let waiting = &mut self.data().in_force.waiting;
