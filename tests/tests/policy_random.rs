@@ -1,12 +1,14 @@
-//! Random policies on one simulated host, one after another: what is planned is what is done, step
+//! Random policies on simulated hosts, one after another on each: what is planned is what is done, step
 //! for step; all is as wanted then; and applying again changes nothing. `VFIOD_RANDOM_POLICIES` says
 //! how many, `VFIOD_RANDOM_SEED` repeats one run.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use tempfile::TempDir;
 use vfiod::request::ApplyOptions;
 use vfiod_tests::sim::{Described, Sim};
 use vfiod_tests::survival;
@@ -14,7 +16,9 @@ use vfiod_tests::trial::Setting;
 
 const LAB: &str = include_str!("../hosts/lab.toml");
 /// Policies where nobody says how many.
-const POLICIES: u32 = 25;
+const POLICIES: u32 = 1000;
+/// Hosts that play them side by side.
+const HOSTS: u32 = 4;
 
 /// What can be in a pool: a selector, and whether it has virtual functions.
 const SUBJECTS: [(&str, bool); 7] = [
@@ -72,19 +76,37 @@ fn number(name: &str) -> Option<u32> {
 
 #[test]
 fn plan_equals_apply_and_apply_twice_changes_nothing() {
-    let sim = Sim::mount(&Described::parse(LAB).unwrap()).unwrap();
-    let records = tempfile::tempdir().unwrap();
+    let seed = number("VFIOD_RANDOM_SEED").unwrap_or_else(std::process::id);
+    println!("VFIOD_RANDOM_SEED={seed}");
+    let policies = number("VFIOD_RANDOM_POLICIES").unwrap_or(POLICIES);
+    let steps: usize = std::thread::scope(|scope| {
+        // A host waits for itself half of the time.
+        let hosts = (0..HOSTS).map(|host| {
+            let share = policies / HOSTS + u32::from(host < policies % HOSTS);
+            scope.spawn(move || play(seed, host, share))
+        });
+        let hosts: Vec<_> = hosts.collect();
+        hosts.into_iter().map(|host| host.join().unwrap()).sum()
+    });
+    assert!(steps > 0, "no policy had anything to do");
+    survival::count("random policies", policies as usize, "policies");
+}
+
+/// Plays a share of the policies on a host of its own; how many steps they took.
+fn play(seed: u32, host: u32, policies: u32) -> usize {
+    let sim = Sim::mount_lasting(&Described::parse(LAB).unwrap()).unwrap();
+    // As the real ones are, in memory.
+    let memory = Path::new("/dev/shm");
+    let records = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.unwrap();
     let directory = records.path().join("policy");
     std::fs::create_dir_all(&directory).unwrap();
     let broker = Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), records.path());
     let broker = broker.start().unwrap();
-    let seed = number("VFIOD_RANDOM_SEED").unwrap_or_else(std::process::id);
-    println!("VFIOD_RANDOM_SEED={seed}");
     let mut bytes = [0; 32];
     bytes[..4].copy_from_slice(&seed.to_le_bytes());
+    bytes[4..8].copy_from_slice(&host.to_le_bytes());
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
-    let policies = number("VFIOD_RANDOM_POLICIES").unwrap_or(POLICIES);
     let mut steps = 0;
     for _ in 0..policies {
         let policy = prop::collection::vec(wanted(), SUBJECTS.len());
@@ -118,6 +140,5 @@ fn plan_equals_apply_and_apply_twice_changes_nothing() {
         assert_eq!(sim.journal().len(), writes, "seed {seed}: applying again wrote something");
         assert!(broker.leases().is_empty());
     }
-    assert!(steps > 0, "no policy had anything to do");
-    survival::count("random policies", policies as usize, "policies");
+    steps
 }

@@ -8,13 +8,15 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow, WriteFlags,
 };
 
 use nix::unistd::{getegid, geteuid};
@@ -32,6 +34,8 @@ pub(super) struct Glue {
     listings: Mutex<Listings>,
     /// Who is root on this host: whoever mounts it.
     owner: (u32, u32),
+    /// Whether devices stay, but for virtual functions, and no write sleeps.
+    lasting: bool,
 }
 
 /// Open directories by handle.
@@ -58,9 +62,9 @@ const NO_TIME: Duration = Duration::ZERO;
 const ALWAYS: Duration = Duration::from_secs(1 << 30);
 
 impl Glue {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, lasting: bool) -> Self {
         let owner = (geteuid().as_raw(), getegid().as_raw());
-        Self { shared, inodes: Mutex::default(), listings: Mutex::default(), owner }
+        Self { shared, inodes: Mutex::default(), listings: Mutex::default(), owner, lasting }
     }
 
     fn inodes(&self) -> MutexGuard<'_, Inodes> {
@@ -165,13 +169,26 @@ fn attributes(number: u64, entry: &Entry, (uid, gid): (u32, u32)) -> FileAttr {
 }
 
 impl Filesystem for Glue {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // A kernel that cannot only reads links more often.
+        let _ = config.add_capabilities(InitFlags::FUSE_CACHE_SYMLINKS);
+        Ok(())
+    }
+
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let found = (|| {
             let path = self.inodes().child(parent.0, name.to_str()?)?;
-            let (entry, stays) =
-                self.shared.with(|kernel| Some((kernel.entry(&path)?, kernel.stays(&path))))?;
-            let writable = matches!(entry, Entry::File(mode) if mode & 0o222 != 0);
-            let number = self.inodes().remember(path, writable);
+            let (entry, stays) = self.shared.with(|kernel| {
+                let lasts = || self.lasting && kernel.lasts(&path);
+                Some((kernel.entry(&path)?, kernel.stays(&path) || lasts()))
+            })?;
+            // A link that leads elsewhere later is another one then.
+            let changes = match entry {
+                Entry::File(mode) => mode & 0o222 != 0,
+                Entry::Link(_) => true,
+                Entry::Directory | Entry::Node => false,
+            };
+            let number = self.inodes().remember(path, changes && !stays);
             Some((attributes(number, &entry, self.owner), if stays { ALWAYS } else { NO_TIME }))
         })();
         match found {

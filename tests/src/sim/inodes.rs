@@ -38,11 +38,11 @@ impl Inodes {
 
     /// Counts a lookup; the number of the path.
     ///
-    /// A file that can be written gets a new number each time. The real kernel lets one writer at
-    /// a time have an inode, and one that sleeps must not keep all others out, as it does not in
-    /// sysfs.
-    pub(super) fn remember(&mut self, path: Arc<str>, writable: bool) -> u64 {
-        let known = if writable { None } else { self.numbers.get(&path).copied() };
+    /// What `changes` gets a new number each time: a link, whose target the real kernel keeps, and a
+    /// file that can be written. The real kernel lets one writer at a time have an inode, and one that
+    /// sleeps must not keep all others out, as it does not in sysfs.
+    pub(super) fn remember(&mut self, path: Arc<str>, changes: bool) -> u64 {
+        let known = if changes { None } else { self.numbers.get(&path).copied() };
         let number = known.unwrap_or_else(|| {
             self.last += 1;
             self.numbers.insert(path.clone(), self.last);

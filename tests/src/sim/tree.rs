@@ -96,6 +96,20 @@ impl Kernel {
         self.files.names(path).is_some() || self.files.text(path).is_some()
     }
 
+    /// Whether what is at a path goes only with a device that is no virtual function.
+    pub(super) fn lasts(&self, path: &str) -> bool {
+        let physical = |device: &Device| device.physical.is_none();
+        if let Some((_, device, rest)) = self.device_at(path) {
+            let one = matches!(rest, "" | "config" | "iommu_group");
+            return physical(device) && (one || Attribute::of(device, rest).is_some());
+        }
+        let link = path.strip_prefix("sys/bus/pci/devices/").and_then(|name| self.find(name));
+        match link.and_then(|address| self.devices.get(&address)) {
+            Some(device) => physical(device),
+            None => path.strip_prefix(DEVICES).is_some_and(|root| self.is_root(root)),
+        }
+    }
+
     /// The names in a directory; `None` if there is no such directory.
     pub fn names(&self, path: &str) -> Option<Vec<String>> {
         let mediated = self.mediated_names(path);
