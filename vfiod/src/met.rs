@@ -38,6 +38,11 @@ impl Met {
         }
     }
 
+    /// The file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Records whom it has met.
     pub fn write(&self, met: &BTreeMap<PciAddress, Identity>) -> io::Result<()> {
         durable::replace(&self.path, &serde_json::to_vec(met)?)

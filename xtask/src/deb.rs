@@ -50,9 +50,10 @@ const FILES: [(&str, &str); 19] = [
 const HOOKS: [(&str, &str); 1] = [("vfiod/hooks/libvirt/50-vfiod", "etc/libvirt/hooks/qemu.d")];
 
 /// Programs that initramfs generators call, and where they look for them.
-const INITRAMFS: [(&str, &str); 2] = [
+const INITRAMFS: [(&str, &str); 3] = [
     ("vfiod/hooks/initramfs/initramfs-tools", "usr/share/initramfs-tools/hooks/vfiod"),
     ("vfiod/hooks/initramfs/module-setup.sh", "usr/lib/dracut/modules.d/90vfiod/module-setup.sh"),
+    ("vfiod/hooks/initramfs/vfiod-early.sh", "usr/lib/dracut/modules.d/90vfiod/vfiod-early.sh"),
 ];
 
 /// Completion scripts as vfioctl names them, and as each shell wants them.

@@ -19,6 +19,8 @@ pub struct PolicyRecord {
     pub units: Vec<UnitRecord>,
     /// What is odd about it on this host: devices that two pools claim, selectors that match none.
     pub notes: Vec<String>,
+    /// What makes the initial file systems anew, where one of them has another policy than this.
+    pub initramfs: Option<String>,
     /// When it was applied at boot, in seconds since 1970; of a boot's report alone.
     pub time: Option<u64>,
     /// How long that took, in milliseconds.

@@ -77,6 +77,7 @@ impl Broker {
         // Virtual functions that were made are in their pool now, and others met.
         noted(self.meet(false))?;
         let milliseconds = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        record.initramfs = self.outdated_initramfs();
         record.time = Some(history::now());
         record.milliseconds = Some(milliseconds);
         if options.boot {
@@ -189,7 +190,8 @@ impl Broker {
         let record = report.map(BootReport::record).ok_or_else(none)?;
         let looked = self.data().looked_at();
         let boot_limit = looked.policy.boot_limit.as_secs();
-        Ok(PolicyRecord { files: looked.policy.files.clone(), boot_limit, ..record })
+        let (files, initramfs) = (looked.policy.files.clone(), self.outdated_initramfs());
+        Ok(PolicyRecord { files, boot_limit, initramfs, ..record })
     }
 
     fn keep_boot_report(&self, record: &PolicyRecord) {

@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 use super::{Around, Broker, Data, Pools, circumstances, internal};
 use crate::authority::is_named;
 use crate::durable;
+use crate::initramfs::Initramfs;
 use crate::request::AttachOptions;
 
 /// The policy, and what goes with it.
@@ -384,8 +385,18 @@ impl Broker {
             error,
             boot_limit: looked.policy.boot_limit.as_secs(),
             notes: clashes.chain(unmet).collect(),
+            initramfs: self.outdated_initramfs(),
             ..PolicyRecord::default()
         }
+    }
+
+    /// What makes the initial file systems anew, if they have another policy. What cannot be read is
+    /// not told of.
+    pub(super) fn outdated_initramfs(&self) -> Option<String> {
+        let (rules, policy, met) = (self.rules_at.as_ref()?, self.policy_in.as_ref()?, &self.met);
+        let taken = met.path().with_file_name("initramfs");
+        let initramfs = Initramfs { rules, policy, met: met.path(), taken };
+        initramfs.outdated(self.host()).ok().flatten().map(str::to_owned)
     }
 
     /// Units as records; remembers which are as wanted, to know drift when it is there.

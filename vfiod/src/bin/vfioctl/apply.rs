@@ -220,8 +220,22 @@ fn head(policy: &PolicyRecord) -> String {
         lines.push(format!("{BAD}{then}:{BAD:#}\n"));
         lines.extend(error.lines().map(|line| format!("  {line}\n")));
     }
-    lines.extend(policy.notes.iter().map(|note| format!("{WARN}note:{WARN:#} {note}\n")));
+    lines.extend(policy.notes.iter().map(|text| note(text)));
+    lines.extend(outdated(policy));
     lines.concat()
+}
+
+fn note(text: &str) -> String {
+    format!("{WARN}note:{WARN:#} {text}\n")
+}
+
+/// That the next boot begins with another policy than this, if so.
+pub(crate) fn outdated(policy: &PolicyRecord) -> Option<String> {
+    let command = policy.initramfs.as_ref()?;
+    Some(note(&format!(
+        "the initial file system does not have this policy, and what is loaded there goes by what it \
+         has; make it anew ({command})"
+    )))
 }
 
 fn summary(policy: &PolicyRecord) -> String {

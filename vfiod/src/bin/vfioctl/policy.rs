@@ -15,6 +15,7 @@ use libvfio::policy::{self, Assignment, Facts, Policy, Pool, Problem, Role, Sour
 use serde_json::{Value, json};
 use vfiod::libvirt::Domain;
 
+use crate::apply;
 use crate::args::{PolicyAction, PolicyFiles};
 use crate::bus::Bus;
 use crate::output::{Output, print, print_json};
@@ -42,7 +43,10 @@ pub(crate) async fn reload(bus: &Bus, out: &Output) -> Result<(), Trouble> {
         return print_json(&policy.files.into());
     }
     let (files, units) = (policy.files.len(), policy.units.len());
-    print(&format!("{files} files read, {units} devices in pools; 'vfioctl plan' shows the rest\n"))
+    print(&format!(
+        "{files} files read, {units} devices in pools; 'vfioctl plan' shows the rest\n"
+    ))?;
+    print(&apply::outdated(&policy).unwrap_or_default())
 }
 
 /// Where modprobe(8) finds options, the first place that counts first.
