@@ -4,6 +4,7 @@
 
 #![allow(clippy::missing_panics_doc)]
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -122,7 +123,9 @@ impl Session {
              <deny own=\"*\"/><deny send_type=\"method_call\"/><allow send_type=\"signal\"/>\
              <allow send_requested_reply=\"true\" send_type=\"method_return\"/>\
              <allow send_requested_reply=\"true\" send_type=\"error\"/><allow receive_type=\"*\"/>\
-             <allow send_destination=\"org.freedesktop.DBus\"/></policy>\n\
+             <allow send_destination=\"org.freedesktop.DBus\"/>\
+             <allow send_destination=\"org.freedesktop.PolicyKit1\"/></policy>\n\
+             <policy user=\"root\"><allow own=\"org.freedesktop.PolicyKit1\"/></policy>\n\
              <include>{}/../systemd/org.vfiod1.conf</include>\n</busconfig>\n",
             directory.path().display(),
             env!("CARGO_MANIFEST_DIR"),
@@ -154,6 +157,17 @@ impl Session {
         let mut vfioctl = program("vfioctl");
         vfioctl.args(arguments.split(' ')).env("VFIOCTL_BUS", &self.address);
         vfioctl.output().unwrap()
+    }
+
+    /// Runs it as another user; as root only.
+    pub fn vfioctl_as(&self, user: u32, arguments: &str) -> Output {
+        let user = user.to_string();
+        // By its descriptor, for that user may not be let into the directory of the program.
+        let program = File::open(binaries::directory().join("vfioctl")).unwrap();
+        let mut setpriv = Command::new("setpriv");
+        setpriv.args(["--reuid", &user, "--regid", &user, "--clear-groups", "/proc/self/fd/0"]);
+        setpriv.args(arguments.split(' ')).env("VFIOCTL_BUS", &self.address);
+        setpriv.stdin(Stdio::from(program)).output().unwrap()
     }
 
     /// What a command that succeeds prints to standard output and standard error.

@@ -30,27 +30,42 @@ const MOMENT: Duration = Duration::from_millis(50);
 const STARTING: Duration = Duration::from_secs(2);
 
 impl Broker {
-    /// Ends every lease `target` names: by lease id, by virtual machine, or by a device of it.
-    /// Nothing to end is no failure, so a caller may repeat itself.
+    /// Ends every lease that `target` [names](Self::named). Nothing to end is no failure, so a
+    /// caller may repeat itself.
     pub fn release(
         self: &Arc<Self>,
         target: &str,
         options: &ReleaseOptions,
     ) -> Result<Vec<String>, Failure> {
-        let mut ids =
+        let ids = self.named(target);
+        self.release_all(&ids, options)?;
+        Ok(ids)
+    }
+
+    /// The leases that `target` names: by lease id, by virtual machine, or by a device of it.
+    pub fn named(&self, target: &str) -> Vec<String> {
+        let ids =
             self.leases_where(|lease| lease.id == target || lease.vm.as_deref() == Some(target));
-        if ids.is_empty() {
-            let address = self.resolve(target).ok().or_else(|| target.parse().ok());
-            let uuid = target.parse().ok();
-            ids = self.leases_where(|lease| {
-                address.is_some_and(|address| lease.devices.contains_key(&address))
-                    || uuid.is_some_and(|uuid| lease.mediated.contains_key(&uuid))
-            });
+        if !ids.is_empty() {
+            return ids;
         }
+        let address = self.resolve(target).ok().or_else(|| target.parse().ok());
+        let uuid = target.parse().ok();
+        self.leases_where(|lease| {
+            address.is_some_and(|address| lease.devices.contains_key(&address))
+                || uuid.is_some_and(|uuid| lease.mediated.contains_key(&uuid))
+        })
+    }
+
+    /// Ends these leases, and no other.
+    pub fn release_all(
+        self: &Arc<Self>,
+        ids: &[String],
+        options: &ReleaseOptions,
+    ) -> Result<(), Failure> {
         // One that cannot end yet is no reason to keep the others.
         let ended: Vec<_> = ids.iter().map(|id| self.end(id, options)).collect();
-        ended.into_iter().collect::<Result<Vec<()>, _>>()?;
-        Ok(ids)
+        ended.into_iter().collect()
     }
 
     fn leases_where(&self, meant: impl Fn(&Lease) -> bool) -> Vec<String> {

@@ -45,10 +45,9 @@ impl LeaseObject {
         options: RawOptions,
     ) -> Result<(), Failure> {
         let options = ReleaseOptions::read(&options)?;
-        let details = HashMap::from([("target", self.id.as_str())]);
-        self.caller.authority.check(&header, Action::Release, &details).await?;
-        let id = self.id.clone();
-        self.caller.run(move |broker| broker.release(&id, &options).map(drop)).await
+        let ids = [self.id.clone()];
+        self.caller.may_release(&header, &self.id, &ids, &options).await?;
+        self.caller.run(move |broker| broker.release_all(&ids, &options)).await
     }
 
     #[zbus(out_args("descriptors"))]

@@ -99,9 +99,12 @@ impl ManagerObject {
     ) -> Result<Vec<String>, Failure> {
         check_name("target", &target)?;
         let options = ReleaseOptions::read(&options)?;
-        let details = HashMap::from([("target", target.as_str())]);
-        self.caller.authority.check(&header, Action::Release, &details).await?;
-        self.caller.run(move |broker| broker.release(&target, &options)).await
+        let leases = self.caller.broker.named(&target);
+        self.caller.may_release(&header, &target, &leases, &options).await?;
+        // Not what the name means by now, for that may be another's.
+        let end =
+            move |broker: &Arc<Broker>| broker.release_all(&leases, &options).map(|()| leases);
+        self.caller.run(end).await
     }
 
     #[zbus(out_args("plan"))]

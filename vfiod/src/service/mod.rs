@@ -9,6 +9,7 @@ mod manager;
 mod publisher;
 mod questions;
 
+use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use libvfio::client::{BUS_NAME, Failure, ROOT_PATH, device_path, group_path, lease_path};
@@ -19,8 +20,9 @@ use zbus::connection::Builder;
 use zbus::fdo::ObjectManager;
 use zbus::message::Header;
 
-use crate::authority::Authority;
+use crate::authority::{Action, Authority};
 use crate::broker::{Broker, Change};
+use crate::request::ReleaseOptions;
 
 use connections::Connections;
 use device::DeviceObject;
@@ -106,6 +108,24 @@ struct Caller {
 }
 
 impl Caller {
+    /// Whoever made all of these leases may end them, others only if polkit lets them. So may
+    /// nobody else leave their devices as the tenant leaves them, for that is the next one's risk.
+    async fn may_release(
+        &self,
+        header: &Header<'_>,
+        target: &str,
+        leases: &[String],
+        options: &ReleaseOptions,
+    ) -> Result<(), Failure> {
+        let user = self.authority.user(header).await?;
+        let others = |id: &String| self.broker.lease(id).is_some_and(|lease| lease.owner != user);
+        if !options.no_reset && !leases.iter().any(others) {
+            return Ok(());
+        }
+        let details = HashMap::from([("target", target)]);
+        self.authority.check(header, Action::Release, &details).await.map(drop)
+    }
+
     /// As [`run`](Self::run), for what anyone may ask, in its turn.
     async fn ask<T: Send + 'static>(
         &self,

@@ -4,10 +4,18 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::product::{refused, vfioctl, vfioctl_json, vfioctl_unprivileged};
+use libvfio::client::lease_path;
+
+use crate::lab::command::{Ran, UNPRIVILEGED, run_unprivileged};
+use crate::lab::product::{
+    busctl_attach, lease, refused, vfioctl, vfioctl_json, vfioctl_unprivileged,
+};
 use crate::lab::{Lab, command, sysfs, wait_until};
 use crate::machine::{DISK_LABEL, GPU, NIC, SHARED_DISK, SHARED_NIC};
 use std::time::Duration;
+
+/// A policy in which the GPU is a pool.
+pub(super) const POOL: &str = "[pool.lab]\nmode = \"on-lease\"\nselect = [{ class = \"gpu\" }]\n";
 
 /// A group with a disk that the host uses.
 pub(super) fn shared_group(lab: &mut Lab) -> Result<()> {
@@ -81,22 +89,38 @@ pub(super) fn unprivileged(lab: &mut Lab) -> Result<()> {
     let listed = vfioctl_unprivileged(["list"])?.success()?;
     ensure!(listed.contains("03:00.0"), "{listed}");
     vfioctl_unprivileged(["explain", GPU.address])?.success()?;
-    for arguments in [&["attach", GPU.address, "--tenant", "a"][..], &["release", GPU.address][..]]
-    {
-        let ran = vfioctl_unprivileged(arguments.iter().copied())?;
-        refused(&ran, 4, &["org.vfiod1."])?;
-    }
+    let attach = vfioctl_unprivileged(["attach", GPU.address, "--tenant", "a"])?;
+    refused(&attach, 4, &["org.vfiod1.attach"])?;
     ensure!(sysfs::driver(GPU.address).as_deref() != Some("vfio-pci"));
-    lab.step("an ordinary user lists and explains, and is refused attach and release")?;
+    let id = busctl_attach(GPU.address, "a")?;
+    for target in [GPU.address, &id] {
+        refused(&vfioctl_unprivileged(["release", target])?, 4, &["org.vfiod1.release"])?;
+    }
+    let path = lease_path(&id);
+    let call = ["busctl", "call", "org.vfiod1", &path, "org.vfiod1.Lease", "Release", "a{sv}", "0"];
+    refused(&run_unprivileged(call)?, 1, &["org.vfiod1.release"])?;
+    ensure!(lease(&id)?.is_some_and(|lease| lease["state"] == "active"), "the lease was touched");
+    vfioctl(["release", &id])?.success()?;
+    lab.step("an ordinary user lists and explains, and is refused attach and others' releases")?;
 
-    let ours = "action.id == 'org.vfiod1.release' || action.lookup('tenant') == 'ours'";
-    with_rule(ours, || {
+    let attach = ["attach", GPU.address, "--tenant", "ours"];
+    with_rule("action.lookup('tenant') == 'ours'", || {
         let other = vfioctl_unprivileged(["attach", NIC.address, "--tenant", "theirs"])?;
-        vfioctl_unprivileged(["attach", GPU.address, "--tenant", "ours"])?.success()?;
-        vfioctl_unprivileged(["release", GPU.address])?.success()?;
-        refused(&other, 4, &["org.vfiod1.attach"])
+        refused(&other, 4, &["org.vfiod1.attach"])?;
+        vfioctl_unprivileged(attach)?.success()?;
+        let unclean = vfioctl_unprivileged(["release", GPU.address, "--no-reset"])?;
+        refused(&unclean, 4, &["org.vfiod1.release"])?;
+        vfioctl_unprivileged(["release", GPU.address])?.success().map(drop)
     })?;
-    lab.step("a polkit rule lets that user lease for one tenant and for no other")
+    ensure!(sysfs::driver(GPU.address).as_deref() != Some("vfio-pci"), "it is not back");
+    lab.step("a polkit rule lets that user lease for one tenant, and its own leases it may end")?;
+
+    with_policy(&format!("{POOL}users = [\"{UNPRIVILEGED}\"]\n"), || {
+        vfioctl_unprivileged(["attach", "--pool", "lab", "--tenant", "ours"])?.success()?;
+        ensure!(sysfs::driver(GPU.address).as_deref() == Some("vfio-pci"), "it is not leased");
+        vfioctl_unprivileged(["release", GPU.address])?.success().map(drop)
+    })?;
+    lab.step("from a pool that names that user it leases and releases without any rule")
 }
 
 /// Does something while polkit lets the ordinary user do what `condition` says of an action.
@@ -121,6 +145,17 @@ pub(super) fn with_rule(condition: &str, act: impl FnOnce() -> Result<()>) -> Re
     });
     let done = known.and_then(|()| act());
     fs::remove_file(rule)?;
+    done
+}
+
+/// Does something while a policy is in force.
+pub(super) fn with_policy(policy: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    const FILE: &str = "/etc/vfiod/vfiod.toml";
+    fs::create_dir_all("/etc/vfiod")?;
+    fs::write(FILE, policy)?;
+    let done = vfioctl(["policy", "reload"]).and_then(Ran::success).and_then(|_| act());
+    fs::remove_file(FILE)?;
+    vfioctl(["policy", "reload"])?.success()?;
     done
 }
 
