@@ -1,6 +1,7 @@
 //! Who may end whose lease: the real programs as several users on a bus of their own, where the test
 //! plays polkit.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 use std::process::Output;
 use std::sync::mpsc::channel;
@@ -12,9 +13,9 @@ use vfiod_tests::session::{LONG, Session};
 use vfiod_tests::sim::SCALE;
 use zbus::wire::OwnedVariant;
 
-/// Users that every Debian has: a bus takes none that it does not know (daemon and bin).
-const ALICE: u32 = 1;
-const BOB: u32 = 2;
+/// Users that every Debian has: a bus takes none that it does not know (bin and daemon).
+const ALICE: u32 = 2;
+const BOB: u32 = 1;
 /// What ends with this was not for that user to do.
 const NOT_AUTHORIZED: i32 = 4;
 
@@ -65,12 +66,15 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
+/// All leases and their owners, the highest first.
 fn leases(session: &Session) -> Vec<(String, u64)> {
     let listed: Value = serde_json::from_str(&session.done("--json leases").0).unwrap();
     let lease = |lease: &Value| {
         (lease["id"].as_str().unwrap().to_owned(), lease["owner"].as_u64().unwrap())
     };
-    listed.as_array().unwrap().iter().map(lease).collect()
+    let mut all: Vec<(String, u64)> = listed.as_array().unwrap().iter().map(lease).collect();
+    all.sort_by_key(|(_, owner)| Reverse(*owner));
+    all
 }
 
 #[test]
