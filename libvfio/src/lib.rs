@@ -31,6 +31,8 @@ mod members;
 
 pub mod mediated;
 
+pub mod assigned;
+
 pub mod acl;
 pub mod holders;
 pub mod inventory;

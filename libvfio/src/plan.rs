@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::address::PciAddress;
+use crate::assigned::Assigned;
 use crate::backend::{Maker, Offer};
 use crate::error::ErrorKind;
 use crate::inventory::{DriverSource, Inventory};
@@ -43,7 +44,7 @@ pub struct Request {
     pub allow_protected: bool,
     /// Settings of the virtual functions, for the time of the lease.
     pub shape: Shape,
-    /// A user who may open the functions' nodes, for the time of the lease.
+    /// A user who may open the nodes, for the time of the lease.
     pub node_access: Option<u32>,
 }
 
@@ -231,15 +232,16 @@ fn way(
 ) -> Plan {
     let shaped = |function: &Function| shaping::steps(circumstances, request, function);
     let mut plan = steps(inventory, members, request.shape.keeps_driver(), shaped);
-    // Root may open them as they are.
-    if let Some(user) = request.node_access.filter(|user| *user != 0) {
-        let access =
-            |device: &PciAddress| Step::NodeAccess { device: *device, user, allowed: true };
-        let access: Vec<Step> = plan.devices.keys().map(access).collect();
-        plan.steps.extend(access);
-    }
     plan.steps.extend(mediated::steps(request));
     plan.mediated.clone_from(&request.mediated);
+    // Root may open them as they are.
+    if let Some(user) = request.node_access.filter(|user| *user != 0) {
+        let functions = plan.devices.keys().copied().map(Assigned::from);
+        let all = functions.chain(plan.mediated.keys().copied().map(Assigned::from));
+        let access = |device| Step::NodeAccess { device, user, allowed: true };
+        let access: Vec<Step> = all.map(access).collect();
+        plan.steps.extend(access);
+    }
     for function in &members.taken {
         plan.warnings.extend(reasons::warnings(circumstances, function));
     }

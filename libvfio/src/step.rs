@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::address::PciAddress;
+use crate::assigned::Assigned;
 use crate::backend::Maker;
 use crate::error::ErrorKind;
 use crate::host::HostRoot;
@@ -104,10 +105,10 @@ pub enum Step {
         /// What it shall be.
         to: Value,
     },
-    /// Let a user open the nodes of a function that is on VFIO, or no longer.
+    /// Let a user open the nodes of what is on VFIO, or no longer.
     NodeAccess {
-        /// The function.
-        device: PciAddress,
+        /// The function or mediated device.
+        device: Assigned,
         /// The user's id.
         user: u32,
         /// Whether it shall be so.
@@ -416,10 +417,10 @@ impl Step {
             | Self::SetAutoprobe { device, .. }
             | Self::SetVirtualFunctions { device, .. }
             | Self::Shape { device, .. }
-            | Self::NodeAccess { device, .. }
             | Self::Tune { device, .. }
             | Self::Scrub { device, .. }
             | Self::Reset { device, .. } => Some(*device),
+            Self::NodeAccess { device, .. } => device.function(),
             Self::LoadModule { .. }
             | Self::LockMemory { .. }
             | Self::CreateMediated { .. }
@@ -428,10 +429,11 @@ impl Step {
         }
     }
 
-    /// The mediated device it makes or takes away, if it does.
+    /// The mediated device it changes, makes or takes away, if it does.
     pub fn mediated(&self) -> Option<Uuid> {
         match self {
             Self::CreateMediated { uuid, .. } | Self::RemoveMediated { uuid, .. } => Some(*uuid),
+            Self::NodeAccess { device, .. } => device.mediated(),
             _ => None,
         }
     }

@@ -21,7 +21,7 @@ use crate::host::HostRoot;
 use crate::pci::Function;
 
 pub(crate) use nodes::nodes_of;
-pub use nodes::{Interface, Node, interface, nodes, open_iommu, open_nodes};
+pub use nodes::{Interface, Node, Openable, interface, nodes, open_iommu, open_nodes};
 pub(crate) use opened::hot_reset;
 pub(crate) use scrub::zero;
 

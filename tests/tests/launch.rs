@@ -98,6 +98,47 @@ fn with_iommufd_it_inherits_its_devices_and_nothing_else() {
 }
 
 #[test]
+fn a_mediated_device_is_made_for_its_monitor_and_gone_with_it() {
+    for cdev in [false, true] {
+        let host = vfiod_tests::sim::MEDIATED;
+        let host = if cdev {
+            host.replace("[kernel]\n", "[kernel]\ncdev = true\n")
+        } else {
+            host.to_owned()
+        };
+        let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+        std::fs::write(file.path(), host).unwrap();
+        let session = Session::start(file.path().to_str().unwrap());
+        let run = ["run", "--device", "mtty/mtty-2", "--vmm", "qemu", "--tenant", "alice"];
+        let mut command = program("vfioctl");
+        command.env("VFIOCTL_BUS", &session.address).args(run).args(["--lock", "64K", "--"]);
+        command.args(["sh", "-c", MONITOR, "monitor", "{vfio}"]);
+        let mut monitor = Running::start(&mut command, false);
+        let arguments = monitor.line_with("args");
+        let lease = &leases(&session)[0];
+        let uuid = lease["mediated"][0].as_str().unwrap();
+        let place = format!("vfio-pci,sysfsdev=/sys/bus/mdev/devices/{uuid}");
+        if cdev {
+            assert_eq!(lease["interface"], "iommufd");
+            assert!(arguments.contains(&format!("{place},fd=")), "{arguments}");
+        } else {
+            assert_eq!(lease["interface"], "group");
+            assert_eq!(arguments, format!("args -device {place}"));
+        }
+        let (printed, _) = session.done(&format!("args {uuid} --vmm cloud-hypervisor"));
+        assert_eq!(printed, format!("--device path=/sys/bus/mdev/devices/{uuid}\n"));
+        end(&mut monitor.child, Signal::SIGKILL);
+        let started = Instant::now();
+        while leases(&session) != serde_json::json!([]) {
+            assert!(started.elapsed() < LONG, "{}", leases(&session));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let devices = session.root.join("sys/bus/mdev/devices");
+        assert_eq!(std::fs::read_dir(devices).unwrap().count(), 0, "it is still there");
+    }
+}
+
+#[test]
 fn whoever_is_killed_before_gives_everything_back_too() {
     let session = Session::start("workstation");
     for milliseconds in [0, 5, 10, 20, 40, 80] {

@@ -3,12 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
+use libvfio::acl::Acl;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::mediated::{self, Device, Uuid};
 use libvfio::shape;
+use libvfio::vfio::Interface;
 use nix::errno::Errno;
 use vfiod::broker::{Asker, Broker};
 use vfiod::lease::{Lease, State};
@@ -21,7 +25,14 @@ const PARENT: &str = "0000:41:00.4";
 const GPU: &str = "41:00.4/nvidia-563";
 
 fn start() -> (Sim, tempfile::TempDir, Arc<Broker>) {
-    let sim = Sim::mount(&Described::parse(MEDIATED).unwrap()).unwrap();
+    start_with(false)
+}
+
+/// Where the kernel has nodes of single devices or not.
+fn start_with(cdev: bool) -> (Sim, tempfile::TempDir, Arc<Broker>) {
+    let mut host = Described::parse(MEDIATED).unwrap();
+    host.kernel.cdev = cdev;
+    let sim = Sim::mount(&host).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let broker = setting(&sim, &dir).start().unwrap();
     (sim, dir, broker)
@@ -171,6 +182,80 @@ fn one_that_is_held_open_keeps_its_lease_until_it_is_closed() {
     drop(guest);
     assert!(eventually(|| broker.leases().is_empty()));
     assert!(kernel(&sim).is_empty());
+}
+
+#[test]
+fn each_is_opened_like_a_function_by_its_group_or_by_itself() {
+    for cdev in [false, true] {
+        let (sim, _dir, broker) = start_with(cdev);
+        let lease = attach(&broker, &[SERIAL, GPU]).unwrap();
+        let interface = if cdev { Interface::Iommufd } else { Interface::Group };
+        assert_eq!(broker.lease(&lease.id).unwrap().interface, Some(interface));
+        let opened = broker.open_devices(&lease.id).unwrap();
+        let made = kernel(&sim);
+        let nodes = made.iter().map(|(uuid, part)| match interface {
+            Interface::Group => {
+                let group = part.iommu_group.unwrap().to_string();
+                (group.clone(), sim.root().join("dev/vfio").join(group))
+            }
+            Interface::Iommufd => {
+                let name = part.vfio_device.as_ref().unwrap();
+                (uuid.to_string(), sim.root().join("dev/vfio/devices").join(name))
+            }
+        });
+        let node =
+            |fd: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+        let found = opened.iter().map(|(name, fd)| (name.clone(), node(fd)));
+        assert_eq!(found.collect::<Vec<_>>(), nodes.collect::<Vec<_>>());
+        broker.open_iommu(&lease.id).unwrap();
+        let busy = release(&broker, &lease.id).unwrap_err();
+        assert_eq!(busy.kind(), Some(ErrorKind::Busy), "{busy}");
+        assert_eq!(kernel(&sim).len(), 2, "they were taken from their holder");
+        drop(opened);
+        assert!(eventually(|| broker.leases().is_empty()));
+        assert!(kernel(&sim).is_empty());
+    }
+}
+
+#[test]
+fn a_user_may_open_its_nodes_for_the_time_of_the_lease() {
+    const USER: u32 = 4711;
+    let allowed = |node: &Path| {
+        let mut value = [0; 4096];
+        match rustix::fs::getxattr(node, "system.posix_acl_access", &mut value[..]) {
+            Ok(length) => Acl::parse(&value[..length]).unwrap().allows(USER),
+            Err(_) => false,
+        }
+    };
+    for cdev in [false, true] {
+        let (sim, _dir, broker) = start_with(cdev);
+        let options = AttachOptions { node_access: true, ..AttachOptions::default() };
+        let asker = Asker { user: USER, ..Asker::default() };
+        let lease = broker.attach(&[SERIAL.to_owned()], "alice", &options, asker).unwrap();
+        let part = kernel(&sim).into_values().next().unwrap();
+        let group = sim.root().join(format!("dev/vfio/{}", part.iommu_group.unwrap()));
+        assert!(allowed(&group));
+        if cdev {
+            let own = sim.root().join("dev/vfio/devices").join(part.vfio_device.unwrap());
+            assert!(allowed(&own));
+        }
+        release(&broker, &lease.id).unwrap();
+        let other = attach(&broker, &[SERIAL]).unwrap();
+        assert!(group.exists() && !allowed(&group), "the next lease inherited it");
+        release(&broker, &other.id).unwrap();
+    }
+}
+
+#[test]
+fn where_access_cannot_be_given_what_was_made_is_removed() {
+    let (sim, _dir, broker) = start();
+    let effect = Effect::Errno(Errno::EOPNOTSUPP);
+    sim.arm(Fault { on: Operation::Access, device: None, nth: 1, effect });
+    let options = AttachOptions { node_access: true, ..AttachOptions::default() };
+    let asker = Asker { user: 4711, ..Asker::default() };
+    let refused = broker.attach(&[SERIAL.to_owned()], "alice", &options, asker).unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Unsupported), "{refused}");
+    assert!(kernel(&sim).is_empty() && broker.leases().is_empty(), "{refused}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::process::Command;
 use super::health::Health;
 use super::{Cause, Outcome, Step, Tunable};
 use crate::address::PciAddress;
+use crate::assigned::Assigned;
 use crate::backend::{Handle, Maker, SRIOV_MANAGE};
 use crate::error::Error;
 use crate::holders;
@@ -17,6 +18,7 @@ use crate::mediated::{self, TypeName, Uuid};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
 use crate::shape::{Setting, Value};
+use crate::vfio::Openable;
 use crate::{acl, memlock, vfio};
 
 type Done = Result<Outcome, Cause>;
@@ -294,9 +296,17 @@ fn set_shape(
 }
 
 /// Where there are no nodes any more, nobody may open them.
-fn node_access(host: &HostRoot, device: PciAddress, user: u32, allowed: bool) -> Done {
-    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    let nodes = vfio::nodes_of(host, &function);
+fn node_access(host: &HostRoot, device: Assigned, user: u32, allowed: bool) -> Done {
+    let nodes = match device {
+        Assigned::Function(address) => {
+            let function = Function::read(host, address);
+            let function = function.ok_or_else(|| changed(Some("a device"), None))?;
+            vfio::nodes_of(host, &Openable::from(&function))
+        }
+        Assigned::Mediated(uuid) => mediated::Device::read(host, uuid)
+            .map(|part| vfio::nodes_of(host, &Openable::of_part(uuid, &part)))
+            .unwrap_or_default(),
+    };
     if nodes.is_empty() && allowed {
         return Err(changed(Some("a node of it in /dev/vfio"), None));
     }

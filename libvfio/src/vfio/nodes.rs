@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::address::PciAddress;
+use crate::assigned::Assigned;
 use crate::host::HostRoot;
+use crate::mediated::{Device, Uuid};
 use crate::pci::Function;
 
 /// How VFIO hands devices to programs (`Documentation/driver-api/vfio.rst`).
@@ -18,7 +19,7 @@ use crate::pci::Function;
 pub enum Interface {
     /// A node for each IOMMU group, which one program can have open at a time.
     Group,
-    /// A node for each function, to be bound to an `/dev/iommu`.
+    /// A node for each function or mediated device, to be bound to an `/dev/iommu`.
     Iommufd,
 }
 
@@ -32,50 +33,77 @@ impl Interface {
     }
 }
 
+/// What nodes are for: a function or a mediated device, as it was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Openable {
+    /// Its address or UUID.
+    pub device: Assigned,
+    /// Number of its IOMMU group.
+    pub iommu_group: Option<u32>,
+    /// Its VFIO character device (`vfio0`), on kernels that have them.
+    pub vfio_device: Option<String>,
+}
+
+impl Openable {
+    /// A mediated device.
+    pub fn of_part(uuid: Uuid, part: &Device) -> Self {
+        Self {
+            device: uuid.into(),
+            iommu_group: part.iommu_group,
+            vfio_device: part.vfio_device.clone(),
+        }
+    }
+}
+
+impl From<&Function> for Openable {
+    fn from(function: &Function) -> Self {
+        Self {
+            device: function.address.into(),
+            iommu_group: function.iommu_group,
+            vfio_device: function.vfio_device.clone(),
+        }
+    }
+}
+
 /// A node to be opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
-    /// The function's address, or the group's number.
+    /// The function's address or the mediated device's UUID, or the group's number.
     pub name: String,
     /// Where it is.
     pub path: PathBuf,
 }
 
-/// By what these functions can be opened: by themselves where all have nodes of their own and there
-/// is an `/dev/iommu`, else by their groups. `None` where they are not on VFIO.
+/// By what these can be opened: by themselves where all have nodes of their own and there is an
+/// `/dev/iommu`, else by their groups. `None` where they are not on VFIO.
 ///
 /// `vfio-dev/vfioN` in sysfs says nothing of that: kernels without `CONFIG_VFIO_DEVICE_CDEV` have it
 /// too.
-pub fn interface<'a>(
-    host: &HostRoot,
-    functions: impl Iterator<Item = &'a Function> + Clone,
-) -> Option<Interface> {
+pub fn interface(host: &HostRoot, all: &[Openable]) -> Option<Interface> {
     let there = |path: Option<PathBuf>| path.is_some_and(|path| path.exists());
-    let mut all = functions.clone();
-    if host.path("dev/iommu").exists() && all.all(|f| there(device_node(host, f))) {
+    if host.path("dev/iommu").exists() && all.iter().all(|one| there(device_node(host, one))) {
         return Some(Interface::Iommufd);
     }
-    let mut all = functions;
-    all.all(|f| there(group_node(host, f))).then_some(Interface::Group)
+    all.iter().all(|one| there(group_node(host, one))).then_some(Interface::Group)
 }
 
-/// The nodes of these functions, each once, in their order; the first function that has none if one
-/// has not.
-pub fn nodes<'a>(
+/// The nodes of these, each once, in their order; the first that has none if one has not.
+pub fn nodes(
     host: &HostRoot,
     interface: Interface,
-    functions: impl Iterator<Item = &'a Function>,
-) -> Result<Vec<Node>, PciAddress> {
+    all: &[Openable],
+) -> Result<Vec<Node>, Assigned> {
     let mut found: Vec<Node> = Vec::new();
-    for function in functions {
+    for one in all {
         let node = match interface {
-            Interface::Iommufd => device_node(host, function)
-                .map(|path| Node { name: function.address.to_string(), path }),
-            Interface::Group => group_node(host, function)
-                .zip(function.iommu_group)
+            Interface::Iommufd => {
+                device_node(host, one).map(|path| Node { name: one.device.to_string(), path })
+            }
+            Interface::Group => group_node(host, one)
+                .zip(one.iommu_group)
                 .map(|(path, number)| Node { name: number.to_string(), path }),
         };
-        let node = node.ok_or(function.address)?;
+        let node = node.ok_or(one.device)?;
         if !found.contains(&node) {
             found.push(node);
         }
@@ -83,19 +111,19 @@ pub fn nodes<'a>(
     Ok(found)
 }
 
-/// The nodes of one function that are there, by whichever interface.
-pub(crate) fn nodes_of(host: &HostRoot, function: &Function) -> Vec<PathBuf> {
-    let nodes = [group_node(host, function), device_node(host, function)];
+/// The nodes of one that are there, by whichever interface.
+pub(crate) fn nodes_of(host: &HostRoot, one: &Openable) -> Vec<PathBuf> {
+    let nodes = [group_node(host, one), device_node(host, one)];
     nodes.into_iter().flatten().filter(|node| node.exists()).collect()
 }
 
-fn device_node(host: &HostRoot, function: &Function) -> Option<PathBuf> {
-    let name = function.vfio_device.as_ref()?;
+fn device_node(host: &HostRoot, one: &Openable) -> Option<PathBuf> {
+    let name = one.vfio_device.as_ref()?;
     Some(host.path("dev/vfio/devices").join(name))
 }
 
-fn group_node(host: &HostRoot, function: &Function) -> Option<PathBuf> {
-    Some(host.path(format!("dev/vfio/{}", function.iommu_group?)))
+fn group_node(host: &HostRoot, one: &Openable) -> Option<PathBuf> {
+    Some(host.path(format!("dev/vfio/{}", one.iommu_group?)))
 }
 
 /// Opens nodes for somebody else; the first that cannot be opened ends it.

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use super::described::Driver;
 use super::event::Action;
-use super::kernel::{Answer, Device, Kernel, Stop, lowest_free};
+use super::kernel::{Answer, Device, Kernel, Stop};
 use super::vendor::Given;
 
 const PAGE_SIZE: usize = 4096;
@@ -96,7 +96,7 @@ impl Kernel {
         }
         self.driver_accepts(driver, device)?;
         let (name, vfio) = (driver.name.clone(), driver.vfio);
-        let number = vfio.then(|| lowest_free(&self.vfio));
+        let number = vfio.then(|| self.free_vfio());
         if let Some(number) = number {
             self.vfio.insert(number, address);
         }

@@ -378,6 +378,15 @@ fn bridges(host: &Described) -> BTreeMap<(u32, u8), PciAddress> {
     host.functions.iter().filter_map(below).collect()
 }
 
+impl Kernel {
+    /// The lowest number that no VFIO character device has.
+    pub(super) fn free_vfio(&self) -> u32 {
+        let free = lowest_free(&self.vfio);
+        let taken = |n: &u32| self.vfio.contains_key(n) || self.is_part_vfio(*n);
+        (free..u32::MAX).find(|n| !taken(n)).unwrap_or(free)
+    }
+}
+
 /// The lowest number not in use, as the kernel's `ida_alloc` gives it.
 pub(super) fn lowest_free<V>(used: &BTreeMap<u32, V>) -> u32 {
     let next = used.last_key_value().map_or(0, |(last, _)| last + 1);

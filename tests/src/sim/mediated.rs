@@ -25,6 +25,8 @@ pub(super) struct Part {
     parent: String,
     kind: String,
     group: u32,
+    /// The number of its VFIO character device.
+    vfio: u32,
 }
 
 impl Kernel {
@@ -100,6 +102,13 @@ impl Kernel {
                 let up = "../".repeat(path.split('/').count() - 2);
                 Some(Entry::Link(format!("{up}kernel/iommu_groups/{}", part.group)))
             }
+            [name, "vfio-dev"] if self.host.kernel.vfio_dev => {
+                self.part(parent, name).map(|_| Entry::Directory)
+            }
+            [name, "vfio-dev", device] if self.host.kernel.vfio_dev => {
+                let (_, part) = self.part(parent, name)?;
+                (device == format!("vfio{}", part.vfio)).then_some(Entry::Directory)
+            }
             _ => None,
         }
     }
@@ -111,6 +120,9 @@ impl Kernel {
             "sys/class/mdev_bus" => return there.map(|(parent, _)| parent.name.clone()).collect(),
             "sys/bus/mdev/devices" => return self.parts.keys().map(ToString::to_string).collect(),
             "dev/vfio" => return self.parts.values().map(|part| part.group.to_string()).collect(),
+            "dev/vfio/devices" if self.host.kernel.cdev => {
+                return self.parts.values().map(|part| format!("vfio{}", part.vfio)).collect();
+            }
             _ => {}
         }
         if let Some((parent, _)) =
@@ -124,7 +136,15 @@ impl Kernel {
         match rest[..] {
             [TYPES] => parent.types.iter().map(|kind| kind.id.clone()).collect(),
             [TYPES, _] => TOLD.iter().chain(&["create"]).map(|name| (*name).to_owned()).collect(),
-            [_] => ["remove", "mdev_type", "iommu_group"].map(str::to_owned).to_vec(),
+            [_] => {
+                let device = self.host.kernel.vfio_dev.then_some("vfio-dev");
+                let own = ["remove", "mdev_type", "iommu_group"].into_iter().chain(device);
+                own.map(str::to_owned).collect()
+            }
+            [name, "vfio-dev"] if self.host.kernel.vfio_dev => {
+                let part = self.part(parent, name);
+                part.map(|(_, part)| format!("vfio{}", part.vfio)).into_iter().collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -176,9 +196,9 @@ impl Kernel {
         if self.available(parent, kind) == 0 {
             return Err(Errno::ENOSPC.into());
         }
-        let group = lowest_free(&self.groups);
+        let (group, vfio) = (lowest_free(&self.groups), self.free_vfio());
+        let part = Part { parent: parent.name.clone(), kind: kind.id.clone(), group, vfio };
         self.groups.entry(group).or_default();
-        let part = Part { parent: parent.name.clone(), kind: kind.id.clone(), group };
         self.parts.insert(uuid, part);
         self.announce_part(Action::Add, uuid);
         Ok(Duration::ZERO)
@@ -190,8 +210,10 @@ impl Kernel {
             return Ok(Duration::ZERO);
         }
         let uuid: Uuid = name.parse().map_err(|_| Errno::ENODEV)?;
-        let node = format!("dev/vfio/{}", self.parts.get(&uuid).ok_or(Errno::ENODEV)?.group);
-        if self.open.has(&node) {
+        let part = self.parts.get(&uuid).ok_or(Errno::ENODEV)?;
+        let nodes =
+            [format!("dev/vfio/{}", part.group), format!("dev/vfio/devices/vfio{}", part.vfio)];
+        if let Some(node) = nodes.into_iter().find(|node| self.open.has(node)) {
             return Err(Stop::Held(node));
         }
         self.drop_part(uuid);
@@ -218,6 +240,11 @@ impl Kernel {
     /// Whether a group is that of a mediated device.
     pub(super) fn is_part(&self, group: u32) -> bool {
         self.parts.values().any(|part| part.group == group)
+    }
+
+    /// Whether a number is that of a mediated device's character device.
+    pub(super) fn is_part_vfio(&self, number: u32) -> bool {
+        self.parts.values().any(|part| part.vfio == number)
     }
 
     fn place_of_part(&self, uuid: Uuid) -> Option<String> {

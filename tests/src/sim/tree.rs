@@ -351,7 +351,8 @@ impl Kernel {
             ["vfio"] => self.has_vfio(),
             ["devices", name] => {
                 let number = name.strip_prefix("vfio").and_then(|number| number.parse().ok());
-                self.host.kernel.cdev && number.is_some_and(|n: u32| self.vfio.contains_key(&n))
+                let there = |n: u32| self.vfio.contains_key(&n) || self.is_part_vfio(n);
+                self.host.kernel.cdev && number.is_some_and(there)
             }
             [number] => {
                 let Ok(number) = number.parse() else { return false };
@@ -366,8 +367,9 @@ impl Kernel {
         }
     }
 
+    /// Whether VFIO's own module is there, which drivers of mediated devices bring along.
     fn has_vfio(&self) -> bool {
-        self.drivers.iter().any(|driver| driver.vfio)
+        self.drivers.iter().any(|driver| driver.vfio) || !self.host.parents.is_empty()
     }
 }
 

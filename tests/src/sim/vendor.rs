@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::described::{Vgpu, Xe};
 use super::event::Action;
-use super::kernel::{Answer, Device, Kernel, Stop, lowest_free};
+use super::kernel::{Answer, Device, Kernel, Stop};
 use super::text;
 
 const NOW: Answer = Ok(Duration::ZERO);
@@ -208,7 +208,7 @@ impl Kernel {
             self.announce_member(Action::Remove, class, &path);
             self.members.remove(&(class, name));
         }
-        let number = (vgpu != 0).then(|| lowest_free(&self.vfio));
+        let number = (vgpu != 0).then(|| self.free_vfio());
         if let Some(old) = self.devices.get(&address).and_then(|device| device.vfio) {
             self.vfio.remove(&old);
         }

@@ -217,10 +217,12 @@ impl Broker {
         let mediated = self.mediated_of(lease);
         let groups = functions.iter().map(|f| f.iommu_group);
         let groups: BTreeSet<u32> =
-            groups.chain(mediated.iter().map(|m| m.iommu_group)).flatten().collect();
+            groups.chain(mediated.iter().map(|(_, m)| m.iommu_group)).flatten().collect();
         let devices = functions.iter().map(|f| f.vfio_device.as_deref());
-        let devices: Vec<&str> =
-            devices.chain(mediated.iter().map(|m| m.vfio_device.as_deref())).flatten().collect();
+        let devices: Vec<&str> = devices
+            .chain(mediated.iter().map(|(_, m)| m.vfio_device.as_deref()))
+            .flatten()
+            .collect();
         groups.into_iter().find_map(|group| self.group_held(walk, lease, group, &devices))
     }
 

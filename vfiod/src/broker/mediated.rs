@@ -66,8 +66,9 @@ impl Broker {
     }
 
     /// The mediated devices of a lease that are there.
-    pub(super) fn mediated_of(&self, lease: &Lease) -> Vec<Device> {
-        lease.mediated.keys().filter_map(|uuid| Device::read(self.host(), *uuid)).collect()
+    pub(super) fn mediated_of(&self, lease: &Lease) -> Vec<(Uuid, Device)> {
+        let found = |uuid: &Uuid| Some((*uuid, Device::read(self.host(), *uuid)?));
+        lease.mediated.keys().filter_map(found).collect()
     }
 
     /// Looks at mediated devices the kernel reported a change of, and at what that means for leases.

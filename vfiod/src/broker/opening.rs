@@ -3,14 +3,13 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
-use libvfio::pci::Function;
 use libvfio::step::{Outcome, Step};
-use libvfio::vfio::{self, Interface};
+use libvfio::vfio::{self, Interface, Openable};
 use nix::errno::Errno;
 use tracing::{error, info};
 
@@ -42,22 +41,18 @@ impl Drop for Opening<'_> {
 }
 
 impl Broker {
-    /// By what the functions of a lease can be opened.
+    /// By what the devices of a lease can be opened.
     pub(super) fn interface(&self, lease: &Lease) -> Option<Interface> {
-        let functions = self.functions(lease);
-        if functions.is_empty() {
-            return None;
-        }
-        vfio::interface(self.host(), functions.iter().map(AsRef::as_ref))
+        let all = self.openables(lease);
+        if all.is_empty() { None } else { vfio::interface(self.host(), &all) }
     }
 
-    /// A descriptor of each function's node, named by its address, or of each group's, named by its
-    /// number.
+    /// A descriptor of each device's node, named by its address or UUID, or of each group's, named
+    /// by its number.
     pub fn open_devices(&self, id: &str) -> Result<Vec<(String, OwnedFd)>, Failure> {
         let opening = self.begin_opening(id)?;
         let interface = opening.interface()?;
-        let functions = self.functions(&opening.lease);
-        let nodes = vfio::nodes(self.host(), interface, functions.iter().map(AsRef::as_ref));
+        let nodes = vfio::nodes(self.host(), interface, &self.openables(&opening.lease));
         let nodes = nodes.map_err(|device| no_node(&device.to_string()))?;
         if nodes.len() > MOST_DESCRIPTORS {
             let why = format!(
@@ -124,9 +119,13 @@ impl Broker {
         Some(kib << 10)
     }
 
-    fn functions(&self, lease: &Lease) -> Vec<Arc<Function>> {
+    /// What a lease has, functions first.
+    fn openables(&self, lease: &Lease) -> Vec<Openable> {
         let inventory = self.inventory();
-        lease.devices.keys().filter_map(|address| inventory.get(*address).cloned()).collect()
+        let functions = lease.devices.keys().filter_map(|address| inventory.get(*address));
+        let functions = functions.map(|function| Openable::from(function.as_ref()));
+        let mediated = self.mediated_of(lease).into_iter();
+        functions.chain(mediated.map(|(uuid, part)| Openable::of_part(uuid, &part))).collect()
     }
 
     /// From here on the lease ends only once this is dropped.

@@ -22,7 +22,7 @@ use crate::explain::Story;
 use crate::output::{Output, print, print_json};
 use crate::release::{device, means};
 use crate::trouble::Trouble;
-use crate::vmm::{Handed, PLACE, Vmm, size};
+use crate::vmm::{Device, Handed, PLACE, Vmm, size};
 
 /// A command to become, and what it is to inherit.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub(crate) struct Launch {
 /// Prints what a monitor is to be told of a lease.
 pub(crate) async fn args(bus: &Bus, args: &ArgsArgs, out: &Output) -> Result<(), Trouble> {
     let vmm = known(Vmm::from_name(&args.vmm))?;
-    let words = vmm.arguments(&by_address(&one_lease(bus, &args.lease).await?));
+    let words = vmm.arguments(&by_name(&one_lease(bus, &args.lease).await?));
     if out.json { print_json(&json!(words)) } else { print(&format!("{}\n", words.join(" "))) }
 }
 
@@ -62,9 +62,14 @@ pub(crate) async fn one_lease(bus: &Bus, name: &str) -> Result<LeaseRecord, Trou
     }
 }
 
-fn by_address(lease: &LeaseRecord) -> Handed {
+fn by_name(lease: &LeaseRecord) -> Handed {
     let iommufd = lease.interface.as_deref() == Some("iommufd");
-    Handed::Addresses { devices: lease.devices.clone(), iommufd }
+    Handed::Named { devices: named(&lease.devices, &lease.mediated), iommufd }
+}
+
+fn named(functions: &[String], mediated: &[String]) -> Vec<Device> {
+    let functions = functions.iter().cloned().map(Device::Function);
+    functions.chain(mediated.iter().cloned().map(Device::Mediated)).collect()
 }
 
 fn known(vmm: Option<Vmm>) -> Result<Vmm, Trouble> {
@@ -114,15 +119,20 @@ pub(crate) async fn run(
         .await?;
     let mut inherited = Vec::new();
     let handed = if vmm.takes_descriptors() && lease.interface.as_deref() == Some("iommufd") {
-        let opened = proxy.open_devices().await?;
-        inherited.extend(opened.into_iter().map(|(_, descriptor)| OwnedFd::from(descriptor)));
-        let devices = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut devices = Vec::new();
+        for (name, descriptor) in proxy.open_devices().await? {
+            let descriptor = OwnedFd::from(descriptor);
+            let is_part = lease.mediated.contains(&name);
+            let device = if is_part { Device::Mediated(name) } else { Device::Function(name) };
+            devices.push((device, descriptor.as_raw_fd()));
+            inherited.push(descriptor);
+        }
         let iommu = OwnedFd::from(proxy.open_iommu().await?);
         let handed = Handed::Descriptors { devices, iommu: iommu.as_raw_fd() };
         inherited.push(iommu);
         handed
     } else {
-        by_address(&lease)
+        by_name(&lease)
     };
     // Root's own memory is not limited (`vfio_lock_acct`, CAP_IPC_LOCK).
     if !geteuid().is_root() && !memlock::raise_own(locked)? {
@@ -146,7 +156,8 @@ async fn dry_run(
         let asked = devices.join(", ");
         print(&Story { asked: &asked, can: "be attached", plan: &plan }.to_string())?;
         // By what they are opened is known once they are on VFIO.
-        let handed = Handed::Addresses { devices: plan.devices.clone(), iommufd: false };
+        let devices = named(&plan.devices, &plan.mediated);
+        let handed = Handed::Named { devices, iommufd: false };
         let words = placed(&args.command, &vmm.arguments(&handed));
         let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
         if plan.possible {

@@ -2,7 +2,7 @@
 //! has. Pure.
 //!
 //! cloud-hypervisor's and crosvm's forms are those of their documentation (cloud-hypervisor
-//! `docs/vfio.md`, crosvm `src/crosvm/cmdline.rs`).
+//! `docs/vfio.md`, crosvm `src/crosvm/cmdline.rs`), which speaks of PCI functions alone.
 
 use std::ffi::OsStr;
 use std::os::fd::RawFd;
@@ -26,10 +26,29 @@ const BESIDE: u64 = 1 << 30;
 /// By what a monitor gets devices.
 #[derive(Debug, Clone)]
 pub(crate) enum Handed {
-    /// It opens them by their addresses, with iommufd or by groups.
-    Addresses { devices: Vec<String>, iommufd: bool },
-    /// They are open: `/dev/iommu`, and each function.
-    Descriptors { devices: Vec<RawFd>, iommu: RawFd },
+    /// It opens them by their names, with iommufd or by groups.
+    Named { devices: Vec<Device>, iommufd: bool },
+    /// They are open: `/dev/iommu`, and each device.
+    Descriptors { devices: Vec<(Device, RawFd)>, iommu: RawFd },
+}
+
+/// A device of a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Device {
+    /// A function, by its address.
+    Function(String),
+    /// A mediated device, by its UUID.
+    Mediated(String),
+}
+
+impl Device {
+    /// Where it is in sysfs.
+    fn path(&self) -> String {
+        match self {
+            Self::Function(address) => format!("/sys/bus/pci/devices/{address}"),
+            Self::Mediated(uuid) => format!("/sys/bus/mdev/devices/{uuid}"),
+        }
+    }
 }
 
 impl Vmm {
@@ -57,28 +76,37 @@ impl Vmm {
 
     /// The arguments by which it gets these devices.
     pub(crate) fn arguments(self, handed: &Handed) -> Vec<String> {
-        let path = |device: &String| format!("/sys/bus/pci/devices/{device}");
         match (self, handed) {
-            (Self::Qemu, Handed::Addresses { devices, iommufd }) => {
+            (Self::Qemu, Handed::Named { devices, iommufd }) => {
                 let object = iommufd.then(|| words(["-object", &format!("iommufd,id={IOMMU}")]));
                 let suffix = if *iommufd { format!(",iommufd={IOMMU}") } else { String::new() };
-                let device =
-                    |device| words(["-device", &format!("vfio-pci,host={device}{suffix}")]);
+                let device = |device: &Device| {
+                    let name = match device {
+                        Device::Function(address) => format!("host={address}"),
+                        Device::Mediated(_) => format!("sysfsdev={}", device.path()),
+                    };
+                    words(["-device", &format!("vfio-pci,{name}{suffix}")])
+                };
                 object.into_iter().flatten().chain(devices.iter().flat_map(device)).collect()
             }
             (Self::Qemu, Handed::Descriptors { devices, iommu }) => {
                 let object = words(["-object", &format!("iommufd,id={IOMMU},fd={iommu}")]);
-                let device = |device: &RawFd| {
-                    words(["-device", &format!("vfio-pci,fd={device},iommufd={IOMMU}")])
+                let device = |(device, fd): &(Device, RawFd)| {
+                    // It cannot tell from a descriptor that IOMMUFD knows no hardware behind it.
+                    let name = match device {
+                        Device::Function(_) => String::new(),
+                        Device::Mediated(_) => format!("sysfsdev={},", device.path()),
+                    };
+                    words(["-device", &format!("vfio-pci,{name}fd={fd},iommufd={IOMMU}")])
                 };
                 object.into_iter().chain(devices.iter().flat_map(device)).collect()
             }
-            (Self::CloudHypervisor, Handed::Addresses { devices, .. }) => {
-                let devices = devices.iter().map(|device| format!("path={}", path(device)));
+            (Self::CloudHypervisor, Handed::Named { devices, .. }) => {
+                let devices = devices.iter().map(|device| format!("path={}", device.path()));
                 ["--device".to_owned()].into_iter().chain(devices).collect()
             }
-            (Self::Crosvm, Handed::Addresses { devices, .. }) => {
-                devices.iter().flat_map(|device| words(["--vfio", &path(device)])).collect()
+            (Self::Crosvm, Handed::Named { devices, .. }) => {
+                devices.iter().flat_map(|device| words(["--vfio", &device.path()])).collect()
             }
             // Nobody hands descriptors to those that take none.
             (Self::CloudHypervisor | Self::Crosvm, Handed::Descriptors { .. }) => Vec::new(),
@@ -147,9 +175,19 @@ pub(crate) fn size(text: &str, unit: u64) -> Option<u64> {
 mod tests {
     use super::*;
 
+    const UUID: &str = "c2177883-f1bb-47f0-914d-32a22e3a8804";
+
+    fn function(address: &str) -> Device {
+        Device::Function(address.to_owned())
+    }
+
     fn gpu(iommufd: bool) -> Handed {
-        let devices = ["0000:03:00.0", "0000:03:00.1"].map(str::to_owned).to_vec();
-        Handed::Addresses { devices, iommufd }
+        let devices = ["0000:03:00.0", "0000:03:00.1"].map(function).to_vec();
+        Handed::Named { devices, iommufd }
+    }
+
+    fn part(iommufd: bool) -> Handed {
+        Handed::Named { devices: vec![Device::Mediated(UUID.to_owned())], iommufd }
     }
 
     #[test]
@@ -165,10 +203,29 @@ mod tests {
              -device vfio-pci,host=0000:03:00.1,iommufd=vfiod"
         );
         assert_eq!(
-            told(Vmm::Qemu, Handed::Descriptors { devices: vec![7, 8], iommu: 9 }),
-            "-object iommufd,id=vfiod,fd=9 -device vfio-pci,fd=7,iommufd=vfiod \
-             -device vfio-pci,fd=8,iommufd=vfiod"
+            told(
+                Vmm::Qemu,
+                Handed::Descriptors {
+                    devices: vec![
+                        (function("0000:03:00.0"), 7),
+                        (Device::Mediated(UUID.to_owned()), 8)
+                    ],
+                    iommu: 9
+                }
+            ),
+            format!(
+                "-object iommufd,id=vfiod,fd=9 -device vfio-pci,fd=7,iommufd=vfiod \
+                 -device vfio-pci,sysfsdev=/sys/bus/mdev/devices/{UUID},fd=8,iommufd=vfiod"
+            )
         );
+        let place = format!("/sys/bus/mdev/devices/{UUID}");
+        assert_eq!(told(Vmm::Qemu, part(false)), format!("-device vfio-pci,sysfsdev={place}"));
+        assert_eq!(
+            told(Vmm::Qemu, part(true)),
+            format!("-object iommufd,id=vfiod -device vfio-pci,sysfsdev={place},iommufd=vfiod")
+        );
+        assert_eq!(told(Vmm::CloudHypervisor, part(false)), format!("--device path={place}"));
+        assert_eq!(told(Vmm::Crosvm, part(false)), format!("--vfio {place}"));
         assert_eq!(
             told(Vmm::CloudHypervisor, gpu(true)),
             "--device path=/sys/bus/pci/devices/0000:03:00.0 \
