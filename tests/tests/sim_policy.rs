@@ -18,6 +18,7 @@ const LAB: &str = include_str!("../hosts/lab.toml");
 const GPU: &str = "0000:03:00.0";
 const AUDIO: &str = "0000:03:00.1";
 const NIC: &str = "0000:01:00.0";
+const DISK: &str = "0000:02:00.0";
 const VF: &str = "0000:01:10.0";
 
 const POLICY: &str = "
@@ -299,6 +300,37 @@ fn a_pool_is_leased_from_by_those_it_names_and_for_its_tenants() {
     let options = AttachOptions { pool: Some("gpu".into()), ..AttachOptions::default() };
     let missing = stage.broker.attach(&[], "ops-7", &options, Asker::default()).unwrap_err();
     assert!(missing.to_string().contains("there are gpus, vnics, wired"), "{missing}");
+}
+
+#[test]
+fn devices_that_are_asked_for_from_a_pool_are_of_that_pool() {
+    let stage = start(LAB, POLICY);
+    stage.apply();
+    let ask = |names: &[&str], count: Option<u32>| {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let options =
+            AttachOptions { pool: Some("gpus".into()), count, ..AttachOptions::default() };
+        let pools = stage.broker.pools_of(&names, &options);
+        (pools, stage.broker.attach(&names, "alice", &options, Asker::default()))
+    };
+    // Nobody gets at others by the name of a pool that is his.
+    for (other, of) in [("0000:06:00.0", "is in pool 'wired', not in 'gpus'"), (DISK, "in no pool")]
+    {
+        let (pools, refused) = ask(&[GPU, other], None);
+        assert!(pools.len() == 2 && pools.contains("gpus"), "{pools:?}");
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.kind(), Some(ErrorKind::InvalidArgument), "{refused}");
+        assert!(refused.to_string().contains(of), "{refused}");
+    }
+    let (_, refused) = ask(&["mtty/mtty-2"], None);
+    assert!(refused.unwrap_err().to_string().contains("of no function"));
+    let (_, refused) = ask(&[GPU], Some(1));
+    assert!(refused.unwrap_err().to_string().contains("not both"));
+    let (pools, lease) = ask(&[GPU], None);
+    assert_eq!(pools, ["gpus".to_owned()].into());
+    // It and what goes with it, and no other of the pool beside it.
+    let devices: Vec<String> = lease.unwrap().devices.keys().map(ToString::to_string).collect();
+    assert_eq!(devices, [GPU, AUDIO]);
 }
 
 /// Two cards of one kind, told apart by serial number.

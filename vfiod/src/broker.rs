@@ -32,6 +32,7 @@ use libvfio::client::{DeviceRecord, Failure, GroupRecord, PlanRecord};
 use libvfio::error::{Error, ErrorKind};
 use libvfio::host::HostRoot;
 use libvfio::inventory::Inventory;
+use libvfio::mediated::TypeName;
 use libvfio::pci::Function;
 use libvfio::plan::{self, Circumstances, Claim, Plan, Refusal, Request};
 use libvfio::protection::Use;
@@ -392,7 +393,7 @@ impl Broker {
             let physical = inventory.resolve(physical)?;
             let count = options.count.unwrap_or(1);
             devices.extend(self.free_virtual_functions(physical, count, barred)?);
-        } else if let Some(pool) = &options.pool {
+        } else if let Some(pool) = options.pool.as_ref().filter(|_| names.is_empty()) {
             devices.extend(self.free_in_pool(pool, options.count.unwrap_or(1), barred)?);
         } else {
             check_devices(names)?;
@@ -400,6 +401,15 @@ impl Broker {
         let (functions, mediated) = mediated::parted(names)?;
         for name in functions {
             devices.insert(inventory.resolve(name)?);
+        }
+        if let Some(pool) = options.pool.as_ref().filter(|_| !names.is_empty()) {
+            if options.count.is_some() {
+                let why = "'count' chooses of 'pool': name devices or say how many, not both";
+                return Err(Failure::new(ErrorKind::InvalidArgument, why));
+            }
+            let parents = mediated.values().filter_map(TypeName::function);
+            let other = mediated.values().find(|of| of.function().is_none());
+            self.refuse_outside(pool, devices.iter().copied().chain(parents), other)?;
         }
         if !options.shape.is_empty() && !mediated.is_empty() {
             let why = "settings are for virtual functions, not for mediated devices";

@@ -11,6 +11,7 @@ use libvfio::backend;
 use libvfio::client::{Failure, PolicyRecord, UnitRecord};
 use libvfio::error::ErrorKind;
 use libvfio::iommu::Isolation;
+use libvfio::mediated::TypeName;
 use libvfio::pci::{Function, Identity};
 use libvfio::plan::{self, Circumstances, Plan, Rule, Standing, Unit, Wish};
 use libvfio::policy::{self, Assignment, Facts, Mode, Policy, Pool, Role, Selector};
@@ -130,6 +131,18 @@ impl Data {
     }
 }
 
+/// Which of the policy's pools has this name.
+fn place(policy: &Policy, name: &str) -> Result<usize, Failure> {
+    policy.pools.iter().position(|pool| pool.name == name).ok_or_else(|| {
+        let pools: Vec<&str> = policy.pools.iter().map(|pool| pool.name.as_str()).collect();
+        let why = match pools.as_slice() {
+            [] => format!("there is no pool '{name}': the policy has none"),
+            pools => format!("there is no pool '{name}'; there are {}", pools.join(", ")),
+        };
+        Failure::new(ErrorKind::NotFound, why)
+    })
+}
+
 fn kept(pool: &Pool, role: Role) -> Option<&'static str> {
     match (role, pool.mode) {
         (Role::Physical, _) => Some("stays with the host, for its virtual functions"),
@@ -148,8 +161,9 @@ impl Data {
         pools: &Pools,
     ) -> Result<(), Failure> {
         let assignment = self.assignment();
-        for device in plan.devices.keys() {
-            let Some(pool) = assignment.pool(&self.in_force.policy, *device) else { continue };
+        let parents = plan.mediated.values().filter_map(TypeName::function);
+        for device in plan.devices.keys().copied().chain(parents) {
+            let Some(pool) = assignment.pool(&self.in_force.policy, device) else { continue };
             let name = &pool.name;
             let refused = |why: String| Err(Failure::new(ErrorKind::NotAuthorized, why));
             if !pool.lessees.serves(tenant) {
@@ -184,9 +198,6 @@ impl Broker {
 
     /// The pools that a call's devices are in; an empty name for one that is in none.
     pub fn pools_of(&self, names: &[String], options: &AttachOptions) -> BTreeSet<String> {
-        if let Some(pool) = &options.pool {
-            return BTreeSet::from([pool.clone()]);
-        }
         let data = self.data();
         let assignment = data.assignment();
         let pool = |name: &String| {
@@ -194,7 +205,35 @@ impl Broker {
             let pool = address.and_then(|at| assignment.pool(&data.in_force.policy, at));
             pool.map(|pool| pool.name.clone()).unwrap_or_default()
         };
-        names.iter().chain(&options.vf_of).map(pool).collect()
+        // Whoever asks for a pool's may name others beside it, which are then refused or not for
+        // what they are.
+        let theirs = names.iter().chain(&options.vf_of).map(pool);
+        options.pool.clone().into_iter().chain(theirs).collect()
+    }
+
+    /// Refuses devices that are not of the pool they are asked for from; `other` is what no pool can
+    /// have.
+    pub(super) fn refuse_outside(
+        &self,
+        name: &str,
+        devices: impl Iterator<Item = PciAddress>,
+        other: Option<&TypeName>,
+    ) -> Result<(), Failure> {
+        let data = self.data();
+        let policy = &data.in_force.policy;
+        place(policy, name)?;
+        let assignment = data.assignment();
+        let pool = |device| assignment.pool(policy, device).map(|pool| pool.name.as_str());
+        let outside =
+            devices.map(|device| (device, pool(device))).find(|(_, of)| *of != Some(name));
+        let why = match (outside, other) {
+            (None, None) => return Ok(()),
+            (Some((device, None)), _) => format!("{device} is in no pool, so not in '{name}'"),
+            (Some((device, Some(of))), _) => format!("{device} is in pool '{of}', not in '{name}'"),
+            (None, Some(of)) => format!("{of} is of no function, so not in pool '{name}'"),
+        };
+        let why = format!("{why}; 'vfioctl policy show' says which device is where");
+        Err(Failure::new(ErrorKind::InvalidArgument, why))
     }
 
     /// The first `count` devices of a pool that nothing is known to keep from a lease, but for those
@@ -207,14 +246,7 @@ impl Broker {
     ) -> Result<Vec<PciAddress>, Failure> {
         let data = self.data();
         let looked = data.looked_at();
-        let Some(at) = looked.policy.pools.iter().position(|pool| pool.name == name) else {
-            let pools: Vec<&str> = looked.policy.pools.iter().map(|p| p.name.as_str()).collect();
-            let why = match pools.as_slice() {
-                [] => format!("there is no pool '{name}': the policy has none"),
-                pools => format!("there is no pool '{name}'; there are {}", pools.join(", ")),
-            };
-            return Err(Failure::new(ErrorKind::NotFound, why));
-        };
+        let at = place(&looked.policy, name)?;
         let quarantined = data.quarantined();
         let free = |address: &PciAddress| {
             !barred.contains(address)
