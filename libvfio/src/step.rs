@@ -279,7 +279,7 @@ impl StepError {
             | (Step::Tune { .. }, Cause::Kernel { errno: Errno::EINVAL })
             | (
                 Step::SetVirtualFunctions { .. },
-                Cause::ReadBack { .. } | Cause::Kernel { errno: Errno::ENOENT },
+                Cause::ReadBack { .. } | Cause::Kernel { errno: Errno::ENOENT | Errno::ENOMEM },
             ) => ErrorKind::Unsupported,
             (_, Cause::InUse | Cause::Kernel { errno: Errno::EBUSY })
             | (

@@ -203,6 +203,36 @@ fn what_fails_half_way_is_as_it_was() {
     }
 }
 
+/// What each answer of `sriov_numvfs` (`drivers/pci/iov.c`) means, and what helps.
+#[test]
+fn each_refusal_of_the_kernel_comes_with_what_helps() {
+    let cases: [(Effect, ErrorKind, &[&str]); 4] = [
+        // Neither bus numbers nor memory space that the firmware left are told apart by it.
+        (
+            Effect::Errno(Errno::ENOMEM),
+            ErrorKind::Unsupported,
+            &["memory space", "bus numbers", "'pci=realloc'", "'pci=assign-busses'"],
+        ),
+        (Effect::Errno(Errno::ENOENT), ErrorKind::Unsupported, &["cannot make", "lspci -k"]),
+        (Effect::Errno(Errno::EBUSY), ErrorKind::Busy, &["journalctl -k"]),
+        (Effect::SucceedWithoutEffect, ErrorKind::Unsupported, &["as many as the driver gives"]),
+    ];
+    for (effect, kind, words) in cases {
+        let (sim, _dir, broker) = start();
+        let before = kernel(&sim);
+        let on = Operation::NumVfs;
+        sim.arm(Fault { on, device: Some(at(PF)), nth: 1, effect: effect.clone() });
+        let refused = broker.set_virtual_functions(at(PF), 5, 0).unwrap_err();
+        assert_eq!(refused.kind(), Some(kind), "{effect:?}: {refused}");
+        for word in words {
+            assert!(refused.to_string().contains(word), "{effect:?} without {word:?}: {refused}");
+        }
+        assert_eq!(kernel(&sim), before, "{refused}");
+        assert!(broker.leases().is_empty(), "{:?}", broker.leases());
+        assert_eq!(broker.set_virtual_functions(at(PF), 5, 0).unwrap().len(), 5);
+    }
+}
+
 #[test]
 fn cards_that_share_a_bus_wait_for_each_other_and_both_get_theirs() {
     let (sim, _dir, broker) = start();
