@@ -8,7 +8,7 @@ mod reasons;
 mod shaping;
 mod virtual_functions;
 
-pub use cleaning::{resets, scrubs};
+pub use cleaning::{Care, Scrubbing, Scrubs, resets, scrubs};
 pub use policy::{Kind, Lead, Standing, Unit, Wish, policy, policy_leads, policy_unit};
 pub use virtual_functions::virtual_functions;
 
@@ -24,7 +24,9 @@ use crate::iommu::Isolation;
 use crate::mediated::{Device, TypeName, Types, Uuid};
 use crate::modalias;
 use crate::pci::{Binding, Function};
+use crate::policy::Resets;
 use crate::protection::Use;
+use crate::scrub::{self, Scrubber};
 use crate::shape::Shape;
 use crate::step::Step;
 
@@ -99,6 +101,10 @@ pub struct Rule {
     pub on_vfio: bool,
     /// The weakest isolation that will do.
     pub isolation: Isolation,
+    /// Whether the end of a lease takes a reset.
+    pub reset: Resets,
+    /// What clears its memory then.
+    pub scrub: scrub::Rule,
 }
 
 impl Circumstances {
@@ -118,6 +124,8 @@ pub struct Plan {
     pub groups: Vec<u32>,
     /// What will be done, in this order.
     pub steps: Vec<Step>,
+    /// How each function is cleaned afterwards.
+    pub care: BTreeMap<PciAddress, Care>,
     /// What should be known but forbids nothing.
     pub warnings: Vec<String>,
 }
@@ -244,6 +252,17 @@ fn way(
     }
     for function in &members.taken {
         plan.warnings.extend(reasons::warnings(circumstances, function));
+    }
+    let rule = |address| circumstances.rules.get(&address);
+    plan.care = cleaning::care(inventory, &members.taken, rule);
+    for (device, care) in &plan.care {
+        plan.warnings
+            .extend(care.weaker().map(|what| format!("after this lease of {device}, {what}")));
+    }
+    // A driver that there is not when the lease ends would leave what the tenant did.
+    let erased = |care: &Care| care.scrub == Scrubbing::With(Scrubber::Nvme);
+    if plan.care.values().any(erased) {
+        plan.steps.insert(0, Step::LoadModule { module: "nvme".into() });
     }
     plan
 }

@@ -1,34 +1,183 @@
-//! Which devices have memory that can be cleared from outside, and how. Data alone, touches nothing.
+//! What clears a device's memory after a tenant: one contract for all that can. Data and decisions
+//! alone, touches nothing; [`crate::step`] does it.
+
+mod profile;
+
+pub use profile::{PROFILES, Profile, profile};
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use crate::pci::Function;
+use crate::pci::class::ClassAlias;
 
-/// What is known of a kind of device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Profile {
-    /// Vendor.
-    pub vendor: u16,
-    /// Device.
-    pub device: u16,
-    /// The region through which all of its memory is reached, one word after the other, without side
-    /// effects.
-    pub bar: u8,
-    /// From where that is known.
-    pub source: &'static str,
+/// The host driver of NVM Express.
+const NVME: &str = "nvme";
+/// How long a command may take where nothing is said of it, in seconds.
+pub const COMMAND_TIMEOUT: u32 = 600;
+
+/// What clears the memory of one function.
+///
+/// Whatever it is, the contract is the same: it says for which functions it is
+/// ([`for_function`](Rule::for_function)), on which driver it works ([`driver`](Self::driver)) and how
+/// long it may take ([`limit`](Self::limit)), and it has failed unless it has seen that the memory is
+/// clear ([`proof`](Self::proof)). A function whose scrubber failed is given to nobody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "kebab-case")]
+pub enum Scrubber {
+    /// Zeros through a region that shows all of the memory.
+    BarZero {
+        /// The region.
+        bar: u8,
+    },
+    /// The controller's own erasing of all its namespaces, asked for with nvme-cli.
+    Nvme,
+    /// A program of the administrator's.
+    Command {
+        /// Its path and arguments.
+        command: Vec<String>,
+        /// How long it may take, in seconds.
+        timeout: u32,
+        /// The host driver it needs; none: it works beside VFIO.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        driver: Option<String>,
+    },
 }
 
-/// The devices that are known.
-///
-/// Those of NVIDIA, AMD and Intel are not among them: their drivers set up what their regions show,
-/// and much of their memory (caches, registers, page tables) is behind none.
-pub const PROFILES: [Profile; 1] = [Profile {
-    vendor: 0x1234,
-    device: 0x1111,
-    bar: 0,
-    source: "QEMU, docs/specs/standard-vga.rst: \"PCI Region 0: Framebuffer memory\"",
-}];
+impl Scrubber {
+    /// The word for it on every surface.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::BarZero { .. } => "bar-zero",
+            Self::Nvme => NVME,
+            Self::Command { .. } => "command",
+        }
+    }
 
-/// The profile of a function, if its kind is known.
-pub fn profile(function: &Function) -> Option<&'static Profile> {
-    let ids = (function.ids.vendor, function.ids.device);
-    const { &PROFILES }.iter().find(|known| (Some(known.vendor), Some(known.device)) == ids)
+    /// The host driver that has the function meanwhile; none: it stays on VFIO.
+    pub fn driver(&self) -> Option<&str> {
+        match self {
+            Self::BarZero { .. } => None,
+            Self::Nvme => Some(NVME),
+            Self::Command { driver, .. } => driver.as_deref(),
+        }
+    }
+
+    /// How long it may take.
+    pub fn limit(&self) -> Duration {
+        match self {
+            // Reading device memory back over PCI Express is slow: some hundred MB a second.
+            Self::BarZero { .. } => Duration::from_secs(600),
+            // Large disks that have to overwrite take hours.
+            Self::Nvme => Duration::from_secs(2 * 3600),
+            Self::Command { timeout, .. } => Duration::from_secs((*timeout).into()),
+        }
+    }
+
+    /// What is seen to be so afterwards, or it has failed.
+    pub fn proof(&self) -> &'static str {
+        match self {
+            Self::BarZero { .. } => "every word of it reads zero",
+            Self::Nvme => {
+                "the same namespaces are there, under the same serial number, and what was read of \
+                 each is zeros, or what its controller says erased blocks read as"
+            }
+            Self::Command { .. } => {
+                "the program ended with status 0, and the device is the one it was, as well as it was"
+            }
+        }
+    }
+}
+
+impl fmt::Display for Scrubber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BarZero { bar } => write!(f, "zeros through BAR {bar}"),
+            Self::Nvme => write!(f, "nvme-cli"),
+            Self::Command { command, .. } => {
+                write!(f, "{}", command.first().map_or("a program", String::as_str))
+            }
+        }
+    }
+}
+
+/// How functions are to be scrubbed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Rule {
+    /// Where it is known how to reach all of its memory, that way.
+    #[default]
+    Known,
+    /// Not at all.
+    None,
+    /// By zeros through a region, which has to be known.
+    BarZero,
+    /// By NVM Express's means.
+    Nvme,
+    /// By a program.
+    Command {
+        /// Its path and arguments.
+        command: Vec<String>,
+        /// How long it may take, in seconds.
+        timeout: u32,
+        /// The host driver it needs.
+        driver: Option<String>,
+    },
+}
+
+impl Rule {
+    /// The words that stand for a rule by themselves.
+    pub const NAMES: [&str; 3] = ["bar-zero", NVME, "none"];
+
+    /// What scrubs a function under this rule: nothing, where nothing is to; or why what is to
+    /// cannot.
+    pub fn for_function(&self, function: &Function) -> Result<Option<Scrubber>, String> {
+        let known = || profile(function).map(|known| Scrubber::BarZero { bar: known.bar });
+        match self {
+            Self::None => Ok(None),
+            Self::Known => Ok(known()),
+            Self::BarZero => known().map(Some).ok_or_else(|| {
+                "is of a kind whose memory nobody is known to reach through a region".to_owned()
+            }),
+            Self::Nvme => {
+                let class = function.ids.class;
+                if !class.is_some_and(|class| ClassAlias::Nvme.matches(class)) {
+                    return Err("is no NVM Express controller".to_owned());
+                }
+                if function.physical().is_some() {
+                    let why = "is a virtual function, whose namespaces others may have too";
+                    return Err(why.to_owned());
+                }
+                Ok(Some(Scrubber::Nvme))
+            }
+            Self::Command { command, timeout, driver } => Ok(Some(Scrubber::Command {
+                command: command.clone(),
+                timeout: *timeout,
+                driver: driver.clone(),
+            })),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_on_disk_says_which_it_is() {
+        let scrubbers = [
+            (Scrubber::BarZero { bar: 0 }, r#"{"by":"bar-zero","bar":0}"#),
+            (Scrubber::Nvme, r#"{"by":"nvme"}"#),
+            (
+                Scrubber::Command { command: vec!["/a".into()], timeout: 7, driver: None },
+                r#"{"by":"command","command":["/a"],"timeout":7}"#,
+            ),
+        ];
+        for (scrubber, text) in scrubbers {
+            assert_eq!(serde_json::to_string(&scrubber).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Scrubber>(text).unwrap(), scrubber);
+            assert!(text.contains(scrubber.name()));
+        }
+    }
 }

@@ -16,6 +16,7 @@ use crate::backend::Maker;
 use crate::error::ErrorKind;
 use crate::host::HostRoot;
 use crate::mediated::{TypeName, Uuid};
+use crate::scrub::Scrubber;
 use crate::shape::{Setting, Value};
 
 /// One change. What a dry run prints, what is executed, what the ledger records and, inverted,
@@ -66,12 +67,13 @@ pub enum Step {
         #[serde(default)]
         with: Vec<PciAddress>,
     },
-    /// Write zeros over all memory of a function that is on VFIO, and read all of it back.
+    /// Clear the memory of a function that is where its scrubber works, and see that it is clear.
     Scrub {
         /// The function.
         device: PciAddress,
-        /// The region that its memory is reached through.
-        bar: u8,
+        /// What does it.
+        #[serde(flatten)]
+        with: Scrubber,
     },
     /// Say whether host drivers are offered a physical function's new virtual functions.
     SetAutoprobe {
@@ -314,9 +316,7 @@ impl fmt::Display for Step {
                 with.iter().try_for_each(|other| write!(f, ", {other}"))?;
                 write!(f, " by their bus")
             }
-            Self::Scrub { device, bar } => {
-                write!(f, "write zeros over the memory of {device} (BAR {bar})")
-            }
+            Self::Scrub { device, with } => write!(f, "clear the memory of {device} ({with})"),
             Self::SetAutoprobe { device, to: true, .. } => {
                 write!(f, "offer new virtual functions of {device} to host drivers")
             }
@@ -589,6 +589,13 @@ impl Step {
             (Self::Tune { setting: Tunable::ResetMethod, .. }, _) => {
                 "name reset methods that it has ('vfioctl show')".to_owned()
             }
+            (Self::Scrub { device, with: Scrubber::Command { .. } }, Cause::Program(_)) => {
+                format!("see to the program; 'vfioctl heal {device}' runs it again")
+            }
+            (Self::Scrub { device, with: Scrubber::Nvme }, Cause::Program(_)) => format!(
+                "see whether nvme-cli is installed and the disk well; 'vfioctl heal {device}' tries \
+                 again"
+            ),
             (Self::Reset { device, .. } | Self::Scrub { device, .. }, _) => {
                 format!("the device may need its power cycled; 'vfioctl heal {device}' tries again")
             }

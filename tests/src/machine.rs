@@ -217,7 +217,11 @@ pub fn arguments(files: &Files, purpose: Purpose) -> Vec<String> {
     for (id, file) in [("root", files.root), ("payload", files.payload), ("disk", files.disk)] {
         option("-drive", format!("if=none,id={id},file={file},format=raw,snapshot=on"));
     }
-    option("-blockdev", r#"{"driver":"null-co","node-name":"void","size":67108864}"#.to_owned());
+    // Zeros to begin with; what is written stays until the machine ends.
+    option(
+        "-drive",
+        "if=none,id=void,driver=null-co,size=64M,read-zeroes=on,snapshot=on".to_owned(),
+    );
 
     let devices = own_devices().into_iter().chain(purpose.devices());
     for device in devices {

@@ -161,6 +161,15 @@ pub enum FromGuest {
         /// How many bytes held what was asked for.
         matching: usize,
     },
+    /// What was found on the first part of its disk.
+    Disk {
+        /// That part's size in bytes.
+        size: usize,
+        /// How many bytes held what was asked for.
+        matching: usize,
+        /// How many were zero.
+        zeros: usize,
+    },
     /// Its network interfaces.
     Interfaces {
         /// The address of each.
@@ -189,6 +198,18 @@ pub enum ToGuest {
     },
     /// Count the bytes of video memory that are zero; answered by `Video`.
     ZeroVideo,
+    /// Load the disk driver, and write the pattern of a seed to the first part of the disk; answered
+    /// by `Disk`.
+    WriteDisk {
+        /// Distinguishes one pattern from another.
+        seed: u64,
+    },
+    /// Count the bytes there that hold the pattern of a seed, and those that are zero; answered by
+    /// `Disk`.
+    ReadDisk {
+        /// The seed it was written with.
+        seed: u64,
+    },
     /// Load the network driver and wait for an interface; answered by `Interfaces`.
     Network,
     /// Power off.

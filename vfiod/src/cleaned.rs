@@ -3,6 +3,9 @@
 
 use libvfio::address::PciAddress;
 use libvfio::client::CleanedRecord;
+use libvfio::plan::Scrubbing;
+use libvfio::policy::Resets;
+use libvfio::scrub::Scrubber;
 use libvfio::step::Step;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +20,9 @@ pub struct Cleaned {
     pub reset: Reset,
     /// Whether its memory was cleared.
     pub scrub: Scrub,
+    /// In what that was less than the default, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weaker: Option<String>,
 }
 
 /// Whether a function was reset. One that was is as well after it as before.
@@ -27,6 +33,8 @@ pub enum Reset {
     Alone,
     /// With all others on its bus.
     Bus,
+    /// No, by the policy.
+    None,
     /// No, by request.
     Skipped,
     /// No: there is no way to, or it was not on VFIO any more.
@@ -41,6 +49,12 @@ pub enum Reset {
 pub enum Scrub {
     /// All of it reads zeros.
     Zeros,
+    /// Its controller has erased it.
+    Erased,
+    /// A program of the administrator's says so.
+    Command,
+    /// No, by the policy.
+    None,
     /// No, by request.
     Skipped,
     /// No: nothing is known of such memory.
@@ -55,6 +69,7 @@ impl Reset {
         match self {
             Self::Alone => "alone",
             Self::Bus => "bus",
+            Self::None => "none",
             Self::Skipped => "skipped",
             Self::Impossible => "impossible",
             Self::Failed => "failed",
@@ -67,6 +82,9 @@ impl Scrub {
     pub fn name(self) -> &'static str {
         match self {
             Self::Zeros => "zeros",
+            Self::Erased => "erased",
+            Self::Command => "command",
+            Self::None => "none",
             Self::Skipped => "skipped",
             Self::Unknown => "unknown",
             Self::Failed => "failed",
@@ -85,6 +103,7 @@ impl Cleaned {
     }
 
     fn one(lease: &Lease, device: PciAddress) -> Self {
+        let care = lease.care.get(&device);
         let about = |recorded: &&Recorded| {
             let step = &recorded.step;
             step.device() == Some(device) || step.others().contains(&device)
@@ -92,6 +111,7 @@ impl Cleaned {
         let steps = || lease.backward.iter().filter(about);
         let reset = match steps().find(|r| matches!(r.step, Step::Reset { .. })) {
             None if lease.skipped.reset => Reset::Skipped,
+            None if care.is_some_and(|care| care.reset == Resets::None) => Reset::None,
             None => Reset::Impossible,
             Some(Recorded { outcome: None, .. }) => Reset::Failed,
             Some(recorded) if recorded.step.others().is_empty() => Reset::Alone,
@@ -99,11 +119,16 @@ impl Cleaned {
         };
         let scrub = match steps().find(|r| matches!(r.step, Step::Scrub { .. })) {
             None if lease.skipped.scrub => Scrub::Skipped,
+            None if care.is_some_and(|care| care.scrub == Scrubbing::None) => Scrub::None,
             None => Scrub::Unknown,
             Some(Recorded { outcome: None, .. }) => Scrub::Failed,
+            Some(Recorded { step: Step::Scrub { with: Scrubber::Nvme, .. }, .. }) => Scrub::Erased,
+            Some(Recorded { step: Step::Scrub { with: Scrubber::Command { .. }, .. }, .. }) => {
+                Scrub::Command
+            }
             Some(_) => Scrub::Zeros,
         };
-        Self { device, reset, scrub }
+        Self { device, reset, scrub, weaker: lease.weaker(device) }
     }
 
     /// What the bus is told of it.
@@ -112,6 +137,7 @@ impl Cleaned {
             device: self.device.to_string(),
             reset: self.reset.name().to_owned(),
             scrub: self.scrub.name().to_owned(),
+            weaker: self.weaker.clone(),
         }
     }
 }

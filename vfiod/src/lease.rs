@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use libvfio::address::PciAddress;
-use libvfio::client::{LeaseRecord, StepRecord};
+use libvfio::client::{CareRecord, LeaseRecord, StepRecord};
 use libvfio::inventory::Inventory;
 use libvfio::mediated::{TypeName, Uuid};
 use libvfio::pci::{Binding, Identity};
-use libvfio::plan;
+use libvfio::plan::{self, Care};
+use libvfio::policy::Resets;
 use libvfio::step::{Outcome, Step};
 use libvfio::vfio::Interface;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,9 @@ pub struct Lease {
     /// What is not to be done to its functions when it ends.
     #[serde(default, skip_serializing_if = "Skipped::is_nothing")]
     pub skipped: Skipped,
+    /// How each of its functions is cleaned when it ends.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub care: BTreeMap<PciAddress, Care>,
     /// By what its functions can be opened, known once they are on VFIO.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<Interface>,
@@ -177,15 +181,26 @@ impl Lease {
             self.way_back().into_iter().partition(|r| matches!(r.step, Step::NodeAccess { .. }));
         // One that was never whole was nobody's.
         let used = self.forward.iter().all(|recorded| recorded.outcome.is_some());
-        let devices: BTreeSet<PciAddress> = self.devices.keys().copied().collect();
-        let mut cleaning = Vec::new();
+        let left_alone =
+            |device: &&PciAddress| self.care.get(*device).is_some_and(|c| c.reset == Resets::None);
+        let devices: BTreeSet<PciAddress> =
+            self.devices.keys().filter(|device| !left_alone(device)).copied().collect();
+        let (mut cleaning, mut after) = (Vec::new(), Vec::new());
         if used && self.task.is_none() && !self.skipped.reset {
             cleaning.extend(plan::resets(inventory, &devices));
         }
         if used && self.task.is_none() && !self.skipped.scrub {
-            cleaning.extend(plan::scrubs(inventory, &devices));
+            let home = |device| self.devices.get(&device)?.before.driver.as_deref();
+            let scrubs = plan::scrubs(inventory, &self.care, home);
+            cleaning.extend(scrubs.before);
+            after = scrubs.after;
         }
-        closing.into_iter().chain(Recorded::todo(cleaning)).chain(back).collect()
+        closing
+            .into_iter()
+            .chain(Recorded::todo(cleaning))
+            .chain(back)
+            .chain(Recorded::todo(after))
+            .collect()
     }
 
     /// The functions that a step to the guest was, or may have been, done to.
@@ -203,9 +218,41 @@ impl Lease {
         set.unwrap_or_else(|| self.devices.get(&device)?.before.driver_override.as_ref())
     }
 
+    /// Whether something that is there to clean a function is still to be done.
+    pub fn is_unclean(&self, device: PciAddress) -> bool {
+        let cleans = |step: &Step| {
+            step.is_cleaning() && (step.device() == Some(device) || step.others().contains(&device))
+        };
+        self.backward.iter().any(|r| r.outcome.is_none() && cleans(&r.step))
+    }
+
     /// Whether it keeps its devices from others.
     pub fn holds(&self, device: PciAddress) -> bool {
         self.state != State::Failed && self.devices.contains_key(&device)
+    }
+
+    /// In what a function is cleaned less than it would be by default, if it is.
+    pub fn weaker(&self, device: PciAddress) -> Option<String> {
+        let reset = self.skipped.reset.then(|| "it is not reset, by request".to_owned());
+        let scrub = self.skipped.scrub.then(|| "its memory is not cleared, by request".to_owned());
+        let policy = self.care.get(&device).and_then(Care::weaker);
+        let all: Vec<String> = policy.into_iter().chain(reset).chain(scrub).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    fn care_record(&self, device: PciAddress, care: &Care) -> CareRecord {
+        let reset = match (&care.way, care.reset) {
+            _ if self.skipped.reset => "skipped",
+            (_, Resets::None) => "none",
+            (None, _) => "impossible",
+            (Some(way), _) => way,
+        };
+        CareRecord {
+            device: device.to_string(),
+            reset: reset.to_owned(),
+            scrub: if self.skipped.scrub { "skipped" } else { care.scrub_name() }.to_owned(),
+            weaker: self.weaker(device),
+        }
     }
 
     /// What the bus is told of it.
@@ -224,6 +271,11 @@ impl Lease {
             mediated: self.mediated.keys().map(ToString::to_string).collect(),
             owner: self.owner,
             created: self.created,
+            cleaning: self
+                .care
+                .iter()
+                .map(|(device, care)| self.care_record(*device, care))
+                .collect(),
             steps: steps.map(|r| StepRecord::new(&r.step, r.outcome)).collect(),
         }
     }

@@ -232,6 +232,7 @@ mod tests {
             bound: None,
             task: None,
             skipped: crate::lease::Skipped::default(),
+            care: std::collections::BTreeMap::new(),
             interface: None,
             devices: std::collections::BTreeMap::new(),
             mediated: std::collections::BTreeMap::new(),

@@ -294,7 +294,9 @@ fn is_worth_more(lease: &Lease, why: &Stopped) -> bool {
         Stopped::Lost { step, .. } => step,
         Stopped::Ledger(_) | Stopped::Late { .. } | Stopped::Stranger(_) => return false,
     };
-    lease.failure.is_none() && !step.is_cleaning()
+    // On its way to where it is scrubbed it must not go home instead.
+    let unclean = step.is_binding() && step.device().is_some_and(|device| lease.is_unclean(device));
+    lease.failure.is_none() && !step.is_cleaning() && !unclean
 }
 
 /// A step that was carried out.

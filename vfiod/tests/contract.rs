@@ -45,6 +45,7 @@ fn failed_lease() -> Lease {
         bound: None,
         task: None,
         skipped: vfiod::lease::Skipped::default(),
+        care: BTreeMap::new(),
         interface: None,
         devices: BTreeMap::new(),
         mediated: BTreeMap::new(),

@@ -14,8 +14,8 @@ pub use holding::{HolderRecord, HoldersRecord, UseRecord};
 pub use mediated::{MediatedDeviceRecord, MediatedRecord, MediatedTypeRecord};
 pub use policy::{DONE, FAILED, PolicyRecord, UnitRecord};
 pub use records::{
-    BarRecord, CheckedRecord, CleanedRecord, DeviceRecord, GroupRecord, HistoryRecord, LeaseRecord,
-    PlanRecord, QuarantineRecord, ReasonRecord, StepRecord,
+    BarRecord, CareRecord, CheckedRecord, CleanedRecord, DeviceRecord, GroupRecord, HistoryRecord,
+    LeaseRecord, PlanRecord, QuarantineRecord, ReasonRecord, StepRecord,
 };
 pub use setting::{ChoiceRecord, SettingRecord};
 

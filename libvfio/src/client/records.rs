@@ -213,8 +213,25 @@ pub struct LeaseRecord {
     pub owner: u32,
     /// When it was made, in seconds since 1970.
     pub created: u64,
+    /// How each of its functions is cleaned when it ends.
+    pub cleaning: Vec<CareRecord>,
     /// What was done for it.
     pub steps: Vec<StepRecord>,
+}
+
+/// How a function is cleaned when its lease ends.
+#[derive(Debug, Clone, Default, PartialEq, Eq, SerializeDict, DeserializeDict, Type)]
+#[zbus(signature = "a{sv}")]
+pub struct CareRecord {
+    /// The function's address.
+    pub device: String,
+    /// The method it is reset by (`flr`, `bus`), or `none` (by the policy), `skipped` (by request) or
+    /// `impossible`.
+    pub reset: String,
+    /// `bar-zero`, `nvme` or `command`, or `none` (by the policy), `skipped` (by request) or `unknown`.
+    pub scrub: String,
+    /// In what that is less than the default, if it is.
+    pub weaker: Option<String>,
 }
 
 /// A device that is not trusted.
@@ -269,10 +286,12 @@ pub struct HistoryRecord {
 pub struct CleanedRecord {
     /// The function's address.
     pub device: String,
-    /// `alone`, `bus`, `skipped`, `impossible` or `failed`.
+    /// `alone`, `bus`, `none`, `skipped`, `impossible` or `failed`.
     pub reset: String,
-    /// `zeros`, `skipped`, `unknown` or `failed`.
+    /// `zeros`, `erased`, `command`, `none`, `skipped`, `unknown` or `failed`.
     pub scrub: String,
+    /// In what that is less than the default, if it is.
+    pub weaker: Option<String>,
 }
 
 /// Whether the history is what was written.

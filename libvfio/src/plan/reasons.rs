@@ -130,6 +130,11 @@ fn refused_by_policy(inventory: &Inventory, function: &Function, rule: &Rule) ->
                       less";
         reasons.push(reason(ErrorKind::NotViable, "isolation", text, remedy));
     }
+    if let Err(why) = rule.scrub.for_function(function) {
+        let text = format!("cannot be scrubbed as pool '{pool}' has it: it {why}");
+        let remedy = "take it out of the pool, or have the pool scrub otherwise";
+        reasons.push(reason(ErrorKind::Unsupported, "scrub", text, remedy));
+    }
     reasons
 }
 

@@ -18,6 +18,8 @@ pub enum Kind {
     Table,
     /// An array of tables.
     Tables,
+    /// A text, or a table with keys of its own.
+    TextOrTable,
 }
 
 impl Kind {
@@ -30,6 +32,7 @@ impl Kind {
             Self::Flag => "true or false".to_owned(),
             Self::Table => "a table".to_owned(),
             Self::Tables => "an array of tables".to_owned(),
+            Self::TextOrTable => "a text or a table".to_owned(),
         }
     }
 }
@@ -122,11 +125,25 @@ pub const POOL: Section = Section {
              `pm`, `bus`, `cxl_bus`",
         ),
         key(
+            "reset",
+            Kind::Text,
+            "required",
+            "what a lease's end takes: `required`: a reset, or nobody but the same tenant gets it \
+             again; `if-possible`: a reset where there is a way, else nothing; `none`: nothing",
+        ),
+        key(
+            "scrub",
+            Kind::TextOrTable,
+            "where known",
+            "what clears their memory when a lease ends: `bar-zero`, `nvme`, `none`, or a table \
+             [with a program](#poolnamescrub)",
+        ),
+        key(
             "d3cold",
             Kind::Flag,
             "as it is",
-            "whether they may lose power when idle (`d3cold_allowed`); `false` for devices that do \
-             not come back",
+            "whether they may lose power when idle (`d3cold_allowed`), never while they are leased; \
+             `false` for devices that do not come back",
         ),
         key(
             "users",
@@ -202,6 +219,28 @@ pub const SELECTOR: Section = Section {
     ],
 };
 
+/// The keys of `[pool.NAME.scrub]`.
+pub const SCRUB: Section = Section {
+    title: "[pool.NAME.scrub]",
+    about: "A program that clears a device's memory, [told which by its \
+            environment](guide.md#a-program-of-your-own).",
+    keys: &[
+        key("command", Kind::Texts, "must be given", "its absolute path, then its arguments"),
+        key(
+            "timeout",
+            Kind::Number(1, 86_400),
+            "600",
+            "seconds after which it is killed, and has failed",
+        ),
+        key(
+            "driver",
+            Kind::Text,
+            "none",
+            "host driver that has the device meanwhile; without, it stays on VFIO",
+        ),
+    ],
+};
+
 /// The keys of `[pool.NAME.shape]`.
 pub const SHAPE: Section = Section {
     title: "[pool.NAME.shape]",
@@ -232,7 +271,7 @@ pub const SHAPE: Section = Section {
 };
 
 /// All there is, in the order of the document.
-pub const ALL: [Section; 5] = [FILE, BOOT, POOL, SELECTOR, SHAPE];
+pub const ALL: [Section; 6] = [FILE, BOOT, POOL, SELECTOR, SCRUB, SHAPE];
 
 /// All keys as tables in Markdown.
 pub fn tables() -> String {

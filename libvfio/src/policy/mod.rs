@@ -22,8 +22,11 @@ pub use selector::{PortPath, Selector};
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::iommu::Isolation;
 use crate::modalias::glob;
+use crate::scrub;
 use crate::shape::Shape;
 
 /// What the host's devices are for.
@@ -65,6 +68,10 @@ pub struct Pool {
     pub shape: Shape,
     /// Reset methods to use, in this order.
     pub reset_order: Option<Vec<String>>,
+    /// Whether the end of a lease takes a reset.
+    pub reset: Resets,
+    /// What clears their memory then.
+    pub scrub: scrub::Rule,
     /// Whether they may lose power when idle.
     pub d3cold: Option<bool>,
     /// Who may lease from it.
@@ -105,6 +112,33 @@ impl Mode {
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// Whether the end of a lease takes a reset of its functions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resets {
+    /// It does: what cannot be reset goes to nobody but the same tenant again.
+    #[default]
+    Required,
+    /// Where there is a way to.
+    IfPossible,
+    /// It does not.
+    None,
+}
+
+impl Resets {
+    /// The words for all of them.
+    pub const NAMES: [&str; 3] = ["required", "if-possible", "none"];
+
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Required => "required",
+            Self::IfPossible => "if-possible",
+            Self::None => "none",
+        }
     }
 }
 

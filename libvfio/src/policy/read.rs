@@ -9,10 +9,11 @@ use toml::de::{DeTable, DeValue};
 
 use super::keys::{self, Kind, Section};
 use super::problem::nearest;
-use super::{BOOT_LIMIT, Lessees, Mode, Policy, Pool, Problem, Problems, Selector, Source};
+use super::{BOOT_LIMIT, Lessees, Mode, Policy, Pool, Problem, Problems, Resets, Selector, Source};
 use crate::address::PciAddress;
 use crate::iommu::Isolation;
 use crate::pci::class::ClassAlias;
+use crate::scrub;
 use crate::shape::{self, Form, Setting, Shape};
 
 /// The longest name of a pool, in bytes.
@@ -231,6 +232,14 @@ impl Reader<'_> {
         };
         let isolation = self.text(table, section, "isolation");
         let isolation = self.read(isolation, grade, &GRADES.map(|(name, _)| name));
+        let resets = |text: &str| match text {
+            "required" => Ok(Resets::Required),
+            "if-possible" => Ok(Resets::IfPossible),
+            "none" => Ok(Resets::None),
+            _ => Err(format!("'{text}' is no kind of reset")),
+        };
+        let reset = self.text(table, section, "reset");
+        let reset = self.read(reset, resets, &Resets::NAMES);
         let count = |given: Option<Given<u32>>| given.and_then(|g| u16::try_from(g.value).ok());
         let pool = Pool {
             name: name.to_owned(),
@@ -241,6 +250,8 @@ impl Reader<'_> {
             vfs: count(self.number(table, section, "vfs")),
             shape: self.shape(table),
             reset_order: self.reset_order(table),
+            reset: reset.unwrap_or_default(),
+            scrub: self.scrub(table).unwrap_or_default(),
             d3cold: self.flag(table, section, "d3cold"),
             lessees: Lessees {
                 users: self.names(table, "users"),
@@ -263,11 +274,29 @@ impl Reader<'_> {
     fn contradictions(&mut self, table: &Table<'_>, pool: &Pool, mode: Option<Mode>) {
         let at = |key: &str| table.get_key_value(key).map_or(0, |(key, _)| key.span().start);
         if mode == Some(Mode::Host) {
-            let for_guests = ["vfs", "users", "groups", "tenants", "isolation", "keep-for-host"];
+            let for_guests = [
+                "vfs",
+                "users",
+                "groups",
+                "tenants",
+                "isolation",
+                "keep-for-host",
+                "reset",
+                "scrub",
+            ];
             for key in for_guests.into_iter().filter(|key| table.contains_key(*key)) {
                 let text = format!("'{key}' is for guests, and pool '{}' is the host's", pool.name);
                 self.complain(at(key), text, format!("take '{key}' out, or choose another mode"));
             }
+        }
+        if pool.reset == Resets::None && table.contains_key("reset-order") {
+            let text =
+                "'reset-order' is of resets, and 'reset' says that there are none".to_owned();
+            self.complain(at("reset-order"), text, "take one of them out");
+        }
+        if pool.scrub == scrub::Rule::Nvme && table.contains_key("vfs") {
+            let text = "'nvme' erases namespaces, which virtual functions share".to_owned();
+            self.complain(at("scrub"), text, "choose another scrubber, or lease the card whole");
         }
         if table.contains_key("shape") && !table.contains_key("vfs") {
             let text = "'shape' is of virtual functions, and the pool makes none".to_owned();
@@ -305,6 +334,48 @@ impl Reader<'_> {
         }
         let each = given.value.into_iter();
         Some(each.filter_map(|given| self.read(Some(given), known, &RESETS)).collect())
+    }
+
+    /// A word, or a table with a program.
+    fn scrub(&mut self, table: &Table<'_>) -> Option<scrub::Rule> {
+        let section = &keys::SCRUB;
+        let value = table.get("scrub")?;
+        let Some(table) = as_table(value) else {
+            let word = |text: &str| match text {
+                "bar-zero" => Ok(scrub::Rule::BarZero),
+                "nvme" => Ok(scrub::Rule::Nvme),
+                "none" => Ok(scrub::Rule::None),
+                _ => Err(format!("'{text}' is no scrubber")),
+            };
+            let given = self.text(table, &keys::POOL, "scrub");
+            return self.read(given, word, &scrub::Rule::NAMES);
+        };
+        self.know(table, section);
+        let at = value.span().start;
+        let command = self.texts(table, section, "command");
+        let timeout = self.number(table, section, "timeout").map(|given| given.value);
+        let driver = self.text(table, section, "driver");
+        let Some(command) = command else {
+            if !table.contains_key("command") {
+                let remedy = "say which program: scrub = { command = [\"/usr/local/sbin/…\"] }";
+                self.complain(at, "'scrub' has no 'command'", remedy);
+            }
+            return None;
+        };
+        let absolute = |path: &String| path.starts_with('/');
+        let command: Vec<String> = command.value.into_iter().map(|given| given.value).collect();
+        if !command.first().is_some_and(absolute) {
+            let text = "'command' names no program by its absolute path";
+            self.complain(at, text, "begin it with one: command = [\"/usr/local/sbin/…\"]");
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let name = |text: &str| {
+            let good = !text.is_empty() && text.len() <= LONGEST && text.chars().all(plain);
+            good.then(|| text.to_owned()).ok_or_else(|| format!("{text:?} is no name of a driver"))
+        };
+        let driver = self.read(driver, name, &[]);
+        let timeout = timeout.unwrap_or(scrub::COMMAND_TIMEOUT);
+        Some(scrub::Rule::Command { command, timeout, driver })
     }
 
     fn selectors(&mut self, table: &Table<'_>, key: &str) -> Vec<Selector> {

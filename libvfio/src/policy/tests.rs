@@ -29,6 +29,8 @@ tenants = ['ops-*']
 isolation = 'no-interrupt-remapping'
 keep-for-host = 1
 correct-drift = true
+reset = 'if-possible'
+scrub = { command = ['/sbin/wipe', '-a'], timeout = 7, driver = 'igb' }
 ";
     let policy = Policy::parse(&[source("a", text), source("b", POOL)]).unwrap();
     assert_eq!(policy.files, ["a", "b"]);
@@ -42,6 +44,10 @@ correct-drift = true
     assert_eq!(shape, ["vlan 7", "trust off", "link up"]);
     assert_eq!(net.place.to_string(), "a:3:7");
     assert!(net.correct_drift && net.d3cold == Some(false));
+    assert_eq!((net.reset, gpus.reset), (Resets::IfPossible, Resets::Required));
+    let (command, driver) = (vec!["/sbin/wipe".into(), "-a".into()], Some("igb".into()));
+    assert_eq!(net.scrub, scrub::Rule::Command { command, timeout: 7, driver });
+    assert_eq!(gpus.scrub, scrub::Rule::Known);
     assert!(net.lessees.serves("ops-7") && !net.lessees.serves("alice"));
     assert!(gpus.lessees.serves("anyone") && !gpus.lessees.names_callers());
 }
@@ -68,6 +74,27 @@ fn every_fault_is_told_with_its_place_and_the_nearest_word() {
         (
             format!("{POOL}reset-order = ['frl']"),
             "p:4:16: 'frl' is no reset method; did you mean 'flr'?",
+        ),
+        (format!("{POOL}scrub = 'nmve'"), "p:4:9: 'nmve' is no scrubber; did you mean 'nvme'?"),
+        (
+            format!("{POOL}scrub = 1"),
+            "p:4:9: 'scrub' takes a text or a table, and this is integer; correct it",
+        ),
+        (
+            format!("{POOL}scrub = {{ command = ['/a'], timout = 3 }}"),
+            "p:4:29: there is no key 'timout' in [pool.NAME.scrub]; did you mean 'timeout'?",
+        ),
+        (
+            format!("{POOL}scrub = {{ command = '/a' }}"),
+            "p:4:21: 'command' takes an array of texts, and this is string; correct it",
+        ),
+        (
+            format!("{POOL}scrub = {{ command = ['/a'], timeout = 0 }}"),
+            "p:4:39: 'timeout' takes a number from 1 to 86400, and this is integer; correct it",
+        ),
+        (
+            format!("{POOL}reset = 'requird'"),
+            "p:4:9: 'requird' is no kind of reset; did you mean 'required'?",
         ),
         (
             format!("{POOL}vfs = 0"),
@@ -102,6 +129,22 @@ fn what_contradicts_itself_is_no_policy() {
         ("[pool.'a b']\nmode = 'host'\nselect = [{ class = 'nic' }]".into(), "p:1:7", "no name"),
         ("[pool.a]\nselect = [{ class = 'nic' }]".into(), "p:1:7", "has no 'mode'"),
         (POOL.to_owned() + "reset-order = []", "p:4:15", "no reset would be left"),
+        (POOL.to_owned() + "scrub = {}", "p:4:9", "has no 'command'"),
+        (POOL.to_owned() + "scrub = { command = [] }", "p:4:9", "by its absolute path"),
+        (POOL.to_owned() + "scrub = { command = ['wipe'] }", "p:4:9", "by its absolute path"),
+        (
+            POOL.to_owned() + "scrub = { command = ['/a'], driver = '../a' }",
+            "p:4:38",
+            "no name of a driver",
+        ),
+        (
+            POOL.to_owned() + "reset = 'none'\nreset-order = ['flr']",
+            "p:5:1",
+            "'reset' says that there are none",
+        ),
+        (POOL.to_owned() + "vfs = 2\nscrub = 'nvme'", "p:5:1", "virtual functions share"),
+        (POOL.replace("on-lease", "host") + "scrub = 'none'", "p:4:1", "is the host's"),
+        (POOL.replace("on-lease", "host") + "reset = 'none'", "p:4:1", "is the host's"),
         ("pool.a = 1".into(), "p:1:10", "a pool is a table"),
         ("[pool.a\n".into(), "p:1:8", "toml.io"),
     ];
@@ -136,6 +179,10 @@ fn every_key_is_read() {
                 "file" => line,
                 "[boot]" => format!("[boot]\n{line}"),
                 "[pool.NAME]" => format!("[pool.a]\n{line}"),
+                "[pool.NAME.scrub]" => {
+                    let rest = if key.name == "command" { "" } else { "command = ['/a']\n" };
+                    format!("[pool.a.scrub]\n{rest}{line}")
+                }
                 "selector" => format!("[pool.a]\nselect = [{{ {} }}]\n", line.trim()),
                 _ => format!("[pool.a]\nvfs = 1\n[pool.a.shape]\n{line}"),
             };

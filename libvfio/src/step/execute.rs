@@ -1,6 +1,8 @@
-//! Carrying steps out. The one place that writes to the host: nothing outside this module may change
-//! a driver, an override, a number of virtual functions, a mediated device, a module, a node, a
-//! limit or a device.
+//! Carrying steps out. The one place that writes to the host: nothing outside this module and those
+//! below it may change a driver, an override, a number of virtual functions, a mediated device, a
+//! module, a node, a limit or a device.
+
+mod scrub;
 
 use std::process::Command;
 
@@ -11,9 +13,7 @@ use crate::assigned::Assigned;
 use crate::backend::{Handle, Maker, SRIOV_MANAGE};
 use crate::error::Error;
 use crate::holders;
-use crate::host::{
-    HostRoot, LOAD_MODULE, SIMULATED_HOT_RESET, SIMULATED_MEMORY, SIMULATED_SRIOV_MANAGE,
-};
+use crate::host::{HostRoot, LOAD_MODULE, SIMULATED_HOT_RESET, SIMULATED_SRIOV_MANAGE};
 use crate::mediated::{self, TypeName, Uuid};
 use crate::modalias::same_driver;
 use crate::pci::{Binding, Function};
@@ -34,7 +34,7 @@ pub(super) fn execute(step: &Step, host: &HostRoot) -> Done {
         }
         Step::Bind { device, driver } => bind(host, *device, driver),
         Step::Reset { device, with } => reset(host, *device, with),
-        Step::Scrub { device, bar } => scrub(host, *device, *bar),
+        Step::Scrub { device, with } => scrub::scrub(host, *device, with),
         Step::SetAutoprobe { device, from, to } => set_autoprobe(host, *device, *from, *to),
         Step::SetVirtualFunctions { device, from, to, by } => {
             set_virtual_functions(host, *device, *by, *from, *to)
@@ -194,27 +194,6 @@ fn reset(host: &HostRoot, device: PciAddress, with: &[PciAddress]) -> Done {
         health.compare(Health::read(host, *address).as_ref())?;
     }
     Ok(Outcome::Done)
-}
-
-fn scrub(host: &HostRoot, device: PciAddress, bar: u8) -> Done {
-    let function = Function::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    if !function.on_vfio() {
-        return Err(changed(Some("VFIO"), function.driver.as_deref()));
-    }
-    let left = if host.is_real() {
-        vfio::zero(host, &function, bar)?
-    } else {
-        host.write(SIMULATED_MEMORY, &device.to_string()).map_err(|e| Cause::kernel(&e))?;
-        let soiled = host.text(SIMULATED_MEMORY)?.unwrap_or_default();
-        soiled.lines().any(|line| line == device.to_string()).then_some(0)
-    };
-    match left {
-        None => Ok(Outcome::Done),
-        Some(at) => Err(Cause::ReadBack {
-            wanted: "zeros throughout".to_owned(),
-            found: format!("something else at {at:#x}"),
-        }),
-    }
 }
 
 fn set_autoprobe(host: &HostRoot, device: PciAddress, from: bool, to: bool) -> Done {

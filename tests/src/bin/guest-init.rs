@@ -1,8 +1,8 @@
 //! The init, and only process, of a guest in the lab: reports what PCI functions it sees and
-//! writes and reads video memory when told to. Linked statically; must not need any file.
+//! writes and reads video memory or a disk when told to. Linked statically; must not need any file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -52,6 +52,8 @@ fn serve() -> Result<()> {
             ToGuest::ZeroVideo => with_video(video.as_deref(), |memory| {
                 memory.iter().filter(|word| **word == 0).count() * 8
             }),
+            ToGuest::WriteDisk { seed } => write_disk(seed).and_then(|()| read_disk(seed)),
+            ToGuest::ReadDisk { seed } => read_disk(seed),
             ToGuest::Network => interfaces(),
             ToGuest::ReadVideo { seed } => {
                 with_video(video.as_deref(), |memory| matching_bytes(memory, seed))
@@ -71,8 +73,8 @@ fn send(link: &mut File, message: &FromGuest) -> Result<()> {
 
 /// The driver of the lab's virtual network functions, if the guest was given it.
 const NETWORK_DRIVER: &str = "/igbvf.ko";
-/// How long it may take to find an interface.
-const NETWORK_LIMIT: Duration = Duration::from_secs(30);
+/// How long a driver may take to find what it is for.
+const DRIVER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Loads the network driver; the addresses of all interfaces once there is one.
 fn interfaces() -> Result<FromGuest> {
@@ -89,9 +91,54 @@ fn interfaces() -> Result<FromGuest> {
         if !addresses.is_empty() {
             return Ok(FromGuest::Interfaces { addresses });
         }
-        ensure!(start.elapsed() < NETWORK_LIMIT, "the driver found no interface");
+        ensure!(start.elapsed() < DRIVER_LIMIT, "the driver found no interface");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// The modules of the disk driver, by their order.
+const DISK_DRIVER: &str = "/disk";
+/// The disk.
+const DISK: &str = "/dev/nvme0n1";
+/// How much of it is written and read.
+const PART: usize = 4 << 20;
+
+/// The disk, its driver loaded.
+fn disk() -> Result<File> {
+    if !Path::new(DISK).exists() {
+        let mut modules: Vec<PathBuf> = fs::read_dir(DISK_DRIVER)
+            .context(DISK_DRIVER)?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<_>>()?;
+        modules.sort_unstable();
+        for path in modules {
+            let module = File::open(&path)?;
+            let loaded = finit_module(&module, c"", ModuleInitFlags::empty());
+            loaded.with_context(|| format!("loading {}", path.display()))?;
+        }
+    }
+    let start = Instant::now();
+    while !Path::new(DISK).exists() {
+        ensure!(start.elapsed() < DRIVER_LIMIT, "the driver found no disk");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(OpenOptions::new().read(true).write(true).open(DISK)?)
+}
+
+fn write_disk(seed: u64) -> Result<()> {
+    let mut disk = disk()?;
+    let words = (0..PART / 8).flat_map(|index| word(seed, index).to_le_bytes());
+    disk.write_all(&words.collect::<Vec<u8>>())?;
+    Ok(disk.sync_all()?)
+}
+
+fn read_disk(seed: u64) -> Result<FromGuest> {
+    let mut bytes = vec![0; PART];
+    disk()?.read_exact(&mut bytes)?;
+    let words = || bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+    let matching = words().enumerate().filter(|(index, value)| *value == word(seed, *index));
+    let zeros = words().filter(|value| *value == 0);
+    Ok(FromGuest::Disk { size: PART, matching: matching.count() * 8, zeros: zeros.count() * 8 })
 }
 
 /// All PCI functions, and the directory of the one with video memory.

@@ -124,6 +124,28 @@ impl Guest {
         Ok(self.video(ToGuest::ZeroVideo)?.1)
     }
 
+    /// Writes a pattern to the first part of the guest's disk, reads it back, and returns its size in
+    /// bytes.
+    pub fn write_disk(&mut self, seed: u64) -> Result<usize> {
+        let (size, matching, _) = self.disk(ToGuest::WriteDisk { seed })?;
+        ensure!(size == matching, "only {matching} of {size} bytes of the disk held");
+        Ok(size)
+    }
+
+    /// How many bytes there hold the pattern written with this seed, and how many are zero.
+    pub fn read_disk(&mut self, seed: u64) -> Result<(usize, usize)> {
+        let (_, matching, zeros) = self.disk(ToGuest::ReadDisk { seed })?;
+        Ok((matching, zeros))
+    }
+
+    fn disk(&mut self, command: ToGuest) -> Result<(usize, usize, usize)> {
+        self.send(command)?;
+        match self.receive(ANSWER_LIMIT)? {
+            FromGuest::Disk { size, matching, zeros } => Ok((size, matching, zeros)),
+            other => bail!("{command:?} was answered by {other:?}"),
+        }
+    }
+
     /// Has the guest load its network driver; the addresses of its interfaces.
     pub fn network(&mut self) -> Result<Vec<String>> {
         self.send(ToGuest::Network)?;
@@ -187,16 +209,18 @@ fn kernel() -> Result<String> {
     places.into_iter().find(|file| Path::new(file).exists()).context("no kernel for a guest")
 }
 
-/// KVM, and the initial file system: the guest's init and the driver of the lab's virtual network
-/// functions.
+/// KVM, and the initial file system: the guest's init and the drivers of the lab's virtual network
+/// functions and of its disks.
 fn prepare() -> Result<()> {
     command::run(["modprobe", "kvm_amd"])?.success()?;
     command::run(["install", "--directory", "--mode=1777", DIRECTORY])?.success()?;
     if !Path::new(INITRD).exists() {
         let pack = format!(
-            "mkdir -p /run/lab-guest && cp {PAYLOAD}/guest-init /run/lab-guest/init && \
+            "mkdir -p /run/lab-guest/disk && cp {PAYLOAD}/guest-init /run/lab-guest/init && \
              cp \"$(modinfo --field filename igbvf)\" /run/lab-guest/igbvf.ko && \
-             cd /run/lab-guest && ls | cpio --quiet -o -H newc > {INITRD}"
+             n=10 && modprobe --show-depends nvme | while read -r verb path rest; do \
+             test \"$verb\" != insmod || cp \"$path\" /run/lab-guest/disk/$n.ko; \
+             n=$((n + 1)); done && cd /run/lab-guest && find . | cpio --quiet -o -H newc > {INITRD}"
         );
         command::run(["sh", "-c", &pack])?.success()?;
     }

@@ -162,7 +162,7 @@ impl Broker {
         self.await_holders(&walk, &mut lease, early);
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);
-        self.distrust_unclean(&failures);
+        self.distrust_unclean(&lease, &failures);
         info!(
             lease = lease.id,
             tenant = lease.tenant,
@@ -262,12 +262,14 @@ impl Broker {
         Some(format!("{who} holds IOMMU group {group}"))
     }
 
-    /// Keeps those from leases to come that may have something left of a tenant, or are not well.
-    pub(super) fn distrust_unclean(&self, failures: &[Stopped]) {
+    /// Keeps those from leases to come that may have something left of a tenant, or are not well:
+    /// whose cleaning failed, or was not come to.
+    pub(super) fn distrust_unclean(&self, lease: &Lease, failures: &[Stopped]) {
         for failure in failures {
-            let Some(step) = failure.step().filter(|step| step.is_cleaning()) else { continue };
+            let Some(step) = failure.step() else { continue };
             let devices = step.device().into_iter().chain(step.others().iter().copied());
-            self.quarantine_devices(devices, &failure.to_string());
+            let unclean = devices.filter(|device| step.is_cleaning() || lease.is_unclean(*device));
+            self.quarantine_devices(unclean.collect::<Vec<_>>(), &failure.to_string());
         }
     }
 
@@ -366,7 +368,7 @@ impl Broker {
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);
         self.renumbered_back(&lease);
-        self.distrust_unclean(&failures);
+        self.distrust_unclean(&lease, &failures);
         let mut reason = format!("the daemon stopped while it was {}", state.name());
         if !failures.is_empty() {
             reason = format!("{reason}; {}", all(&failures));

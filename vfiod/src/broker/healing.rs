@@ -50,7 +50,7 @@ impl Broker {
         let walked = walk.forward(&mut lease);
         if let Err(stopped) = walked {
             let failure = Failure::new(stopped.kind(), stopped.to_string());
-            self.distrust_unclean(std::slice::from_ref(&stopped));
+            self.distrust_unclean(&lease, std::slice::from_ref(&stopped));
             self.note(&lease, Event::Failed, &stopped.to_string());
             self.close(lease, &[], None);
             return reply.give(Err(failure));

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use libvfio::inventory::Inventory;
 use libvfio::mediated::{Device, Uuid};
+use libvfio::modalias::same_driver;
 use libvfio::pci::{Function, Identity};
 use libvfio::step::{Outcome, Step};
 
@@ -57,7 +58,9 @@ pub(super) fn caught_up(
             let next = lease.backward.iter().position(|recorded| recorded.outcome.is_none());
             let after = |at: usize| lease.backward.get(at + 1).map(|recorded| &recorded.step);
             let home = |at: &usize| match &lease.backward[*at].step {
-                Step::Unbind { device, .. } => function(*device).is_some_and(|f| !f.on_vfio()),
+                // It may be on its way through a host driver, and back.
+                Step::Unbind { device, driver } => function(*device)
+                    .is_some_and(|f| !same_driver(f.driver.as_deref(), Some(driver))),
                 step => numbered(inventory, step, after(*at)),
             };
             if let Some(at) = next.filter(home) {

@@ -271,6 +271,7 @@ pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         bound: None,
         task: None,
         skipped: Skipped::default(),
+        care: plan.care.clone(),
         interface: None,
         devices: plan.devices.iter().filter_map(found).collect(),
         mediated: plan.mediated.clone(),

@@ -105,7 +105,13 @@ impl Data {
                 kept: kept(pool, member.role).map(str::to_owned),
                 on_vfio: pool.mode == Mode::Passthrough && member.role != Role::Physical,
                 isolation: pool.isolation,
+                reset: pool.reset,
+                scrub: pool.scrub.clone(),
             };
+            // What was not selected comes along, whatever it is.
+            if member.role == Role::Companion {
+                rule.scrub = libvfio::scrub::Rule::default();
+            }
             if matches!(member.role, Role::Kept | Role::Physical) || pool.mode == Mode::Host {
                 rule.isolation = Isolation::None;
             }

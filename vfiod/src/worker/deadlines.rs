@@ -11,7 +11,7 @@ use libvfio::step::Step;
 /// A function may take 60 s to be ready after a reset (`PCIE_RESET_READY_POLL_MS`,
 /// `drivers/pci/pci.h`), and VFIO resets when it binds, opens and lets go.
 ///
-/// Reading device memory back over PCI Express is slow: some hundred MB a second.
+/// Of clearing memory it is only the least: what does it has a limit of its own.
 ///
 /// Removing virtual functions takes a second and each one's driver (`sriov_disable`,
 /// `drivers/pci/iov.c`), and a card may have hundreds.
@@ -34,8 +34,11 @@ const DEFAULTS: [(&str, u64); 16] = [
     ("check-viable", 70),
 ];
 
-/// A deadline for each kind of step.
-#[derive(Debug, Clone)]
+/// How much longer than a program a step may take that runs it.
+const ROOM: Duration = Duration::from_secs(30);
+
+/// A deadline for each kind of step: those that were given.
+#[derive(Debug, Clone, Default)]
 pub struct Deadlines(BTreeMap<&'static str, Duration>);
 
 /// A deadline as it is given: `unbind=30`.
@@ -45,24 +48,24 @@ pub struct Deadline {
     limit: Duration,
 }
 
-impl Default for Deadlines {
-    fn default() -> Self {
-        let seconds = |(kind, seconds)| (kind, Duration::from_secs(seconds));
-        Self(DEFAULTS.into_iter().map(seconds).collect())
-    }
-}
-
 impl Deadlines {
     /// The defaults, but for those given.
     pub fn with(given: impl IntoIterator<Item = Deadline>) -> Self {
-        let mut deadlines = Self::default();
-        deadlines.0.extend(given.into_iter().map(|deadline| (deadline.kind, deadline.limit)));
-        deadlines
+        Self(given.into_iter().map(|deadline| (deadline.kind, deadline.limit)).collect())
     }
 
     /// How long this step may take.
     pub fn of(&self, step: &Step) -> Duration {
-        self.0.get(step.name()).copied().unwrap_or(Duration::from_secs(70))
+        if let Some(given) = self.0.get(step.name()) {
+            return *given;
+        }
+        let of_kind = DEFAULTS.iter().find(|(kind, _)| *kind == step.name());
+        let of_kind = Duration::from_secs(of_kind.map_or(70, |(_, seconds)| *seconds));
+        match step {
+            // It ends by itself at its own limit; only where the kernel keeps it does it not.
+            Step::Scrub { with, .. } => of_kind.max(with.limit() + ROOM),
+            _ => of_kind,
+        }
     }
 }
 
@@ -83,6 +86,8 @@ impl FromStr for Deadline {
 
 #[cfg(test)]
 mod tests {
+    use libvfio::scrub::Scrubber;
+
     use super::*;
 
     fn reset() -> Step {
@@ -94,6 +99,15 @@ mod tests {
         assert_eq!(Deadlines::default().of(&reset()), Duration::from_secs(70));
         let short = Deadlines::with(["reset=0.5".parse().unwrap()]);
         assert_eq!(short.of(&reset()), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn what_clears_memory_has_as_long_as_it_says() {
+        let with = Scrubber::Command { command: vec!["/a".into()], timeout: 7200, driver: None };
+        let scrub = Step::Scrub { device: "03:00.0".parse().unwrap(), with };
+        assert_eq!(Deadlines::default().of(&scrub), Duration::from_secs(7230));
+        let short = Deadlines::with(["scrub=1".parse().unwrap()]);
+        assert_eq!(short.of(&scrub), Duration::from_secs(1));
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub(super) const SUITE: &str = "trixie";
 
 const PACKAGES: &str = "systemd systemd-sysv dbus udev kmod polkitd linux-image-amd64 \
     libvirt-daemon-system libvirt-clients qemu-system-x86 pciutils driverctl mdevctl iproute2 \
-    busybox-static cpio strace sudo";
+    busybox-static cpio strace sudo nvme-cli";
 
 /// Documentation, translations and drivers that no part of the machine has a use for.
 const LEFT_OUT: [&str; 13] = [

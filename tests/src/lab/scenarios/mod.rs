@@ -15,6 +15,7 @@ mod many;
 mod mediated;
 mod refusals;
 mod run;
+mod scrub;
 mod selftest;
 mod survival;
 mod virtual_functions;
@@ -102,6 +103,9 @@ const SCENARIOS: &[Scenario] = &[
         virtual_functions::unloaded,
     ),
     scenario("leak", "what a tenant leaves in device memory, and its cure", leak::run),
+    scenario("disk-leak", "what a tenant leaves on a disk, and its cure", scrub::disk),
+    scenario("scrub-program", "the administrator's own program, in its sandbox", scrub::program),
+    scenario("resets", "what devices have forgotten after a lease", scrub::resets),
     scenario("owners", "leases end with their process or connection", survival::owners),
     scenario("drift", "others change what a lease holds", survival::drift),
     scenario("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),

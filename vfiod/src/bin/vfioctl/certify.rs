@@ -55,7 +55,7 @@ pub(crate) async fn run(bus: &Bus, lease: &str, out: &Output) -> Result<ExitCode
 
 /// Whether a function was reset and nothing known of it was left.
 fn is_clean(reset: &str, scrub: &str) -> bool {
-    matches!(reset, "alone" | "bus") && matches!(scrub, "zeros" | "unknown")
+    matches!(reset, "alone" | "bus") && matches!(scrub, "zeros" | "erased" | "command" | "unknown")
 }
 
 fn exit(well: bool) -> ExitCode {
@@ -105,6 +105,9 @@ impl fmt::Display for Certificate<'_> {
         )?;
         for cleaned in &self.entry.cleaned {
             writeln!(f, "  {}", cleaning(cleaned))?;
+            if let Some(weaker) = &cleaned.weaker {
+                writeln!(f, "  less than the default: {weaker}")?;
+            }
         }
         writeln!(f, "  entry {number} {chain}")?;
         let verdict = match (self.clean, self.checked.faults.is_empty()) {
@@ -128,6 +131,7 @@ mod tests {
             device: "0000:03:00.0".into(),
             reset: reset.into(),
             scrub: scrub.into(),
+            weaker: None,
         };
         let entry = HistoryRecord {
             lease: Some("3f9a2c81".into()),
@@ -149,7 +153,8 @@ mod tests {
              \u{20} entry 7 c0ffee\n\
              \u{20} clean, and on record as it was written\n"
         );
-        assert!(is_clean("alone", "unknown"));
+        assert!(is_clean("alone", "unknown") && is_clean("alone", "erased"));
+        assert!(!is_clean("none", "zeros") && !is_clean("bus", "none"));
         assert!(!is_clean("impossible", "zeros") && !is_clean("bus", "skipped"));
     }
 }

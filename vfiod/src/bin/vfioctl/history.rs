@@ -62,11 +62,15 @@ pub(crate) fn cleaning(cleaned: &CleanedRecord) -> String {
         "alone" => "reset",
         "bus" => "reset by its bus",
         "skipped" => "not reset, by request",
+        "none" => "not reset, by the policy",
         "impossible" => "not reset, for want of a way",
         _ => "its reset failed",
     };
     let scrub = match cleaned.scrub.as_str() {
         "zeros" => "memory zeroed",
+        "erased" => "namespaces erased",
+        "command" => "memory cleared by the administrator's program",
+        "none" => "memory left, by the policy",
         "skipped" => "memory left, by request",
         "unknown" => "no memory known to clear",
         _ => "clearing its memory failed",
