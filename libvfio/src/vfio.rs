@@ -23,6 +23,7 @@ use crate::pci::Function;
 pub(crate) use nodes::nodes_of;
 pub use nodes::{Interface, Node, Openable, interface, nodes, open_iommu, open_nodes};
 pub(crate) use opened::hot_reset;
+pub use scrub::clear;
 pub(crate) use scrub::zero;
 
 #[repr(C)]

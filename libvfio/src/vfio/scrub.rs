@@ -59,8 +59,10 @@ pub(crate) fn zero(host: &HostRoot, function: &Function, bar: u8) -> Result<Opti
     Ok(left.map(|word| word as u64 * 8))
 }
 
-/// Zeros all words, then finds the first that is not zero. What is read comes from the device.
-fn clear(memory: &mut [u64]) -> Option<usize> {
+/// Zeros all words of device memory that is mapped, then finds the first that is not zero: its place.
+/// Word by word, since what sets ordinary memory may use instructions that a device's does not take,
+/// and since what is read has to come from the device.
+pub fn clear(memory: &mut [u64]) -> Option<usize> {
     for word in memory.iter_mut() {
         // SAFETY: a reference is valid for writing.
         unsafe { std::ptr::from_mut(word).write_volatile(0) };

@@ -3,6 +3,7 @@
 mod guests;
 mod hundreds;
 mod many;
+mod sanitise;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -42,12 +43,19 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     sysfs::write(NIC.address, "sriov_numvfs", "0")?;
     many::enable(lab)?;
     many::attach(lab)?;
+    lab.step("releasing with a reset, and clearing memory")?;
+    sanitise::run(lab)?;
     lab.step("listing, memory, starting")?;
     list(lab, "list")?;
     memory(lab, "resident-memory")?;
     startup(lab)?;
 
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
+}
+
+/// Only what leaves nothing of a tenant.
+pub(super) fn sanitising(lab: &mut Lab) -> Result<()> {
+    sanitise::run(lab)
 }
 
 /// On the machine that starts guests.
