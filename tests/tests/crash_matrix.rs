@@ -14,6 +14,13 @@ use vfiod_tests::survival::{
 };
 
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
+/// A program, for the card alone: what comes along is not scrubbed.
+const SCRUBBED: &str = "
+[pool.gpus]
+mode = 'on-lease'
+select = [{ address = '0000:01:00.0' }]
+scrub = { command = ['/bin/true'], driver = 'nvidia' }
+";
 /// More places than there are.
 const NEVER: u32 = u32::MAX;
 
@@ -33,6 +40,8 @@ enum What {
     LoadAndAttach,
     /// Release it.
     Release,
+    /// Release it where a program scrubs it on its host driver.
+    ReleaseScrubbed,
     /// Attach it with settings.
     Shape,
     /// Release it where it was given some.
@@ -41,10 +50,11 @@ enum What {
     Number(u16, u16),
 }
 
-const SCENARIOS: [Scenario; 13] = [
+const SCENARIOS: [Scenario; 14] = [
     Scenario { device: GPU[0], what: What::Attach },
     Scenario { device: GPU[1], what: What::LoadAndAttach },
     Scenario { device: GPU[0], what: What::Release },
+    Scenario { device: GPU[1], what: What::ReleaseScrubbed },
     Scenario { device: VF, what: What::Attach },
     Scenario { device: OTHER_VF, what: What::Release },
     Scenario { device: DISK, what: What::Attach },
@@ -67,6 +77,12 @@ impl Scenario {
     fn begin(self, ground: &Ground) -> Result<()> {
         let before = match self.what {
             What::Release => What::Attach,
+            What::ReleaseScrubbed => {
+                let directory = ground.records().join("policy");
+                fs::create_dir_all(&directory)?;
+                fs::write(directory.join("vfiod.toml"), SCRUBBED)?;
+                What::Attach
+            }
             What::ReleaseShaped => What::Shape,
             What::Number(from @ 1.., _) => What::Number(0, from),
             _ => return Ok(()),
@@ -77,7 +93,7 @@ impl Scenario {
     }
 
     fn is_release(self) -> bool {
-        matches!(self.what, What::Release | What::ReleaseShaped)
+        matches!(self.what, What::Release | What::ReleaseScrubbed | What::ReleaseShaped)
     }
 
     /// Whether most of it is like what others show.
@@ -94,13 +110,20 @@ impl Scenario {
                 let words: Vec<&str> = attach.into_iter().chain(SETTINGS).collect();
                 ground.run(&words, crash)
             }
-            What::Release | What::ReleaseShaped => ground.run(&["release", self.device], crash),
+            What::Release | What::ReleaseScrubbed | What::ReleaseShaped => {
+                ground.run(&["release", self.device], crash)
+            }
             What::Number(_, to) => ground.run(&["number", self.device, &to.to_string()], crash),
         }
     }
 
     /// The steps it takes, as the kernel has them.
     fn steps(self) -> Result<Vec<Place>> {
+        // A worker that is killed while it cleans leaves a device that nobody gets, which is another
+        // test's concern.
+        if self.what == What::ReleaseScrubbed {
+            return Ok(Vec::new());
+        }
         if let What::Number(from, to) = self.what {
             let device: PciAddress = self.device.parse()?;
             return Ok(places(&numbering(device, from, to), Some(device)));
@@ -195,6 +218,11 @@ impl Case {
         if let What::Number(from, to) = self.scenario.what {
             let number = ground.number()?;
             ensure!([from, to].map(|n| (n, n == 0)).contains(&number), "it is {number:?}");
+        }
+        if self.scenario.what == What::ReleaseScrubbed {
+            let quarantine = ground.records().join("state/quarantine.json");
+            let kept = fs::read_to_string(quarantine).unwrap_or_default();
+            ensure!(!kept.contains("identity"), "it is kept: {kept}");
         }
         ground.restore(&[])
     }
