@@ -39,6 +39,7 @@ pub mod inventory;
 pub mod iommu;
 pub mod memlock;
 pub mod protection;
+pub mod quirks;
 pub mod scrub;
 pub mod shape;
 

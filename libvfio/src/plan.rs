@@ -26,9 +26,10 @@ use crate::modalias;
 use crate::pci::{Binding, Function};
 use crate::policy::Resets;
 use crate::protection::Use;
+use crate::quirks;
 use crate::scrub::{self, Scrubber};
 use crate::shape::Shape;
-use crate::step::Step;
+use crate::step::{Step, Tunable};
 
 /// What is asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub struct Request {
     pub shape: Shape,
     /// A user who may open the nodes, for the time of the lease.
     pub node_access: Option<u32>,
+    /// Who is to have them, if that is known.
+    pub tenant: Option<String>,
 }
 
 /// Who holds a device already.
@@ -105,6 +108,8 @@ pub struct Rule {
     pub reset: Resets,
     /// What clears its memory then.
     pub scrub: scrub::Rule,
+    /// Whether it may lose power when idle.
+    pub d3cold: Option<bool>,
 }
 
 impl Circumstances {
@@ -206,10 +211,27 @@ pub fn attach(
     request: &Request,
 ) -> Result<Plan, Refusal> {
     let members = members(inventory, request);
-    match Refusal::new(refuse(inventory, circumstances, request, &members)) {
-        Some(refusal) => Err(refusal),
-        None => Ok(way(inventory, circumstances, request, &members)),
+    if let Some(refusal) = Refusal::new(refuse(inventory, circumstances, request, &members)) {
+        return Err(refusal);
     }
+    let mut plan = way(inventory, circumstances, request, &members);
+    plan.steps.splice(0..0, for_the_time(circumstances, &members));
+    Ok(plan)
+}
+
+/// Settings that functions have while they are leased: what they do not survive is not done to them,
+/// and what may lose power when idle does not while a guest has it.
+fn for_the_time(circumstances: &Circumstances, members: &Members<'_>) -> Vec<Step> {
+    let awake = |function: &Function| {
+        let device = function.address;
+        let may = circumstances.rules.get(&device).is_some_and(|rule| rule.d3cold == Some(true));
+        let does = circumstances.d3cold.get(&device) == Some(&true);
+        let setting = Tunable::D3cold;
+        let (from, to) = ("1".to_owned(), "0".to_owned());
+        (may && does).then_some(Step::Tune { device, setting, from, to })
+    };
+    let settings = |function: &&Function| [cleaning::spared(function), awake(function)];
+    members.taken.iter().flat_map(settings).flatten().collect()
 }
 
 /// Every reason there is against it.
@@ -252,10 +274,18 @@ fn way(
     }
     for function in &members.taken {
         plan.warnings.extend(reasons::warnings(circumstances, function));
+        let told = |quirk: &quirks::Quirk| format!("{} {}", function.address, quirk.told());
+        plan.warnings.extend(quirks::of(function).map(told));
     }
     let rule = |address| circumstances.rules.get(&address);
     plan.care = cleaning::care(inventory, &members.taken, rule);
     for (device, care) in &plan.care {
+        if care.is_kept_for_tenant() {
+            plan.warnings.push(format!(
+                "{device} cannot be reset: after this lease only the same tenant may have it, until \
+                 its quarantine is cleared"
+            ));
+        }
         plan.warnings
             .extend(care.weaker().map(|what| format!("after this lease of {device}, {what}")));
     }

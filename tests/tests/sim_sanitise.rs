@@ -18,6 +18,8 @@ const LAB: &str = include_str!("../hosts/lab.toml");
 /// The lab's display, whose memory can be cleared, and its audio function: one bus, reset together.
 const GPU: &str = "0000:03:00.0";
 const AUDIO: &str = "0000:03:00.1";
+/// A function on the root bus, without any way to reset it.
+const BARE: &str = "0000:00:0a.0";
 /// A card with a function level reset, and a link.
 const NIC: &str = "0000:01:00.0";
 
@@ -166,4 +168,166 @@ fn a_lease_that_was_cut_short_while_cleaning_is_cleaned_by_the_next_daemon() {
         cut.forward.clone_from(&again.forward);
         drop(broker);
     }
+}
+
+/// Leases it to a tenant and ends that; what it was refused for.
+fn has_had(broker: &Arc<Broker>, tenant: &str) -> Result<(), String> {
+    trial::attach(broker, BARE, tenant).map_err(|failure| failure.to_string())?;
+    release(broker, BARE).map(drop).map_err(|failure| failure.to_string())
+}
+
+#[test]
+fn what_cannot_be_reset_goes_to_nobody_but_the_same_tenant() {
+    let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+    let broker = daemon(&sim, dir.path());
+    let plan = |tenant: &str| {
+        let options = AttachOptions { tenant: Some(tenant.into()), ..AttachOptions::default() };
+        broker.plan(&[BARE.to_owned()], &options, 0).unwrap()
+    };
+    let warned = plan("alice").warnings.join("; ");
+    assert!(warned.contains("only the same tenant"), "{warned}");
+    has_had(&broker, "alice").unwrap();
+    let refused = trial::attach(&broker, BARE, "bob").unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Quarantined));
+    let refused = refused.to_string();
+    assert!(refused.contains("only 'alice' may have it") && refused.contains("clear"), "{refused}");
+    // What is shown is what happens.
+    assert!(plan("alice").possible && !plan("bob").possible);
+    has_had(&broker, "alice").unwrap();
+    drop(broker);
+    let broker = daemon(&sim, dir.path());
+    has_had(&broker, "bob").unwrap_err();
+    let [kept] = &broker.quarantines()[..] else { panic!("{:?}", broker.quarantines()) };
+    assert_eq!((kept.address.as_str(), kept.but_for.as_deref()), (BARE, Some("alice")));
+    has_had(&broker, "alice").unwrap();
+    // An administrator says that nothing is left, having cycled its power.
+    broker.clear_quarantine(BARE, 0).unwrap();
+    has_had(&broker, "bob").unwrap();
+    has_had(&broker, "alice").unwrap_err();
+    // Who distrusts it altogether is not overruled by its tenant's next end.
+    broker.quarantine(BARE, "it smokes", 0).unwrap();
+    assert!(has_had(&broker, "bob").unwrap_err().contains("smokes"));
+}
+
+#[test]
+fn whose_lease_is_under_way_when_it_is_distrusted_does_not_get_it_back() {
+    let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+    let broker = daemon(&sim, dir.path());
+    trial::attach(&broker, BARE, "alice").unwrap();
+    broker.quarantine(BARE, "it smokes", 0).unwrap();
+    release(&broker, BARE).unwrap();
+    assert!(has_had(&broker, "alice").unwrap_err().contains("smokes"));
+}
+
+#[test]
+fn who_takes_the_risk_has_it_on_record() {
+    let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+    let broker = daemon(&sim, dir.path());
+    trial::attach(&broker, BARE, "alice").unwrap();
+    broker.release(BARE, &ReleaseOptions { no_reset: true, wait: false }).unwrap();
+    assert!(broker.quarantines().is_empty());
+    let policy = dir.path().join("policy");
+    std::fs::create_dir_all(&policy).unwrap();
+    let select = format!("select = [{{ address = '{BARE}' }}]");
+    let pool = format!("[pool.a]\nmode = 'on-lease'\n{select}\nreset = 'if-possible'\n");
+    std::fs::write(policy.join("vfiod.toml"), pool).unwrap();
+    broker.reload_policy().unwrap();
+    for tenant in ["bob", "carol"] {
+        has_had(&broker, tenant).unwrap();
+    }
+    assert!(broker.quarantines().is_empty());
+    let entries = broker.history(&vfiod::request::HistoryOptions::default()).unwrap();
+    let weaker = |entry: &vfiod::history::Entry| entry.cleaned.first()?.weaker.clone();
+    let weaker: Vec<String> = entries.iter().filter_map(weaker).collect();
+    assert_eq!(weaker.len(), 3, "{weaker:?}");
+    assert!(weaker[0].contains("by request") && weaker[2].contains("goes to anybody"));
+}
+
+/// A card behind a switch, which can be made another.
+const CARD: &str = "0000:06:00.0";
+
+/// The lab's machine with another card there, of these ids and reset methods.
+fn with_card(id: &str, methods: &str) -> Sim {
+    let (before, rest) = LAB.split_once(&format!("address = \"{CARD}\"")).unwrap();
+    let card = rest.replacen("8086:10d3", id, 1);
+    let (own, after) = card.split_once("reset = [\"bus\"]").unwrap();
+    host(&format!("{before}address = \"{CARD}\"{own}reset = {methods}{after}"))
+}
+
+fn attribute(sim: &Sim, device: &str, name: &str) -> String {
+    std::fs::read_to_string(sim.function(at(device)).join(name)).unwrap().trim().to_owned()
+}
+
+#[test]
+fn what_a_device_does_not_survive_is_not_done_to_it_and_told() {
+    let (sim, dir) = (with_card("8086:1503", "[\"flr\", \"bus\"]"), tempfile::tempdir().unwrap());
+    let broker = daemon(&sim, dir.path());
+    let plan = broker.plan(&[CARD.to_owned()], &AttachOptions::default(), 0).unwrap();
+    let warned = plan.warnings.join("; ");
+    assert!(warned.contains("may hang in a function level reset (flr) (Linux"), "{warned}");
+    let lease = trial::attach(&broker, CARD, "alice").unwrap();
+    assert_eq!(lease.record().cleaning[0].reset, "bus");
+    assert_eq!(attribute(&sim, CARD, "reset_method"), "bus");
+    release(&broker, CARD).unwrap();
+    assert_eq!(attribute(&sim, CARD, "reset_method"), "flr bus");
+    assert_eq!(writes(&sim, &format!("{CARD}/reset")), 1);
+    // What others have published is told, and that nobody here has seen it.
+    let sim = with_card("1002:67df", "[\"bus\"]");
+    let broker = daemon(&sim, tempfile::tempdir().unwrap().path());
+    let plan = broker.plan(&[CARD.to_owned()], &AttachOptions::default(), 0).unwrap();
+    let warned = plan.warnings.join("; ");
+    assert!(warned.contains("vendor-reset") && warned.contains("not verified"), "{warned}");
+}
+
+#[test]
+fn a_device_that_survives_none_of_its_resets_is_not_reset() {
+    let (sim, dir) = (with_card("104c:b005", "[\"bus\"]"), tempfile::tempdir().unwrap());
+    let broker = daemon(&sim, dir.path());
+    let lease = trial::attach(&broker, CARD, "alice").unwrap();
+    assert_eq!(lease.record().cleaning[0].reset, "impossible");
+    release(&broker, CARD).unwrap();
+    assert_eq!(writes(&sim, "/reset") + writes(&sim, "hot-reset"), 0);
+    let refused = trial::attach(&broker, CARD, "bob").unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Quarantined), "{refused}");
+}
+
+#[test]
+fn what_may_lose_its_power_when_idle_keeps_it_while_it_is_leased() {
+    let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+    let policy = dir.path().join("policy");
+    std::fs::create_dir_all(&policy).unwrap();
+    let pool = |power: &str| {
+        let select = format!("select = [{{ address = '{NIC}' }}]");
+        let pool = format!("[pool.a]\nmode = 'passthrough'\n{select}\nd3cold = {power}\n");
+        std::fs::write(policy.join("vfiod.toml"), pool).unwrap();
+    };
+    pool("true");
+    std::fs::write(sim.function(at(NIC)).join("d3cold_allowed"), "0").unwrap();
+    let broker = daemon(&sim, dir.path());
+    let apply = || broker.apply_policy(&vfiod::request::ApplyOptions::default(), 0).unwrap();
+    apply();
+    let power = || attribute(&sim, NIC, "d3cold_allowed");
+    assert_eq!(power(), "1", "between leases");
+    for _ in 0..2 {
+        let lease = trial::attach(&broker, NIC, "alice").unwrap();
+        assert_eq!(power(), "0", "while it is leased");
+        let unit = broker.plan_policy().unwrap().units.remove(0);
+        assert_eq!(unit.standing, "as-wanted", "{unit:?}");
+        release(&broker, &lease.id).unwrap();
+        assert_eq!(power(), "1", "between leases");
+    }
+    // A daemon that is killed beside a lease finds the way back on record.
+    let lease = trial::attach(&broker, NIC, "alice").unwrap();
+    drop(broker);
+    let broker = daemon(&sim, dir.path());
+    release(&broker, &lease.id).unwrap();
+    assert_eq!(power(), "1");
+    // What does not come back from it never loses it.
+    pool("false");
+    broker.reload_policy().unwrap();
+    broker.apply_policy(&vfiod::request::ApplyOptions::default(), 0).unwrap();
+    assert_eq!(power(), "0");
+    trial::attach(&broker, NIC, "alice").unwrap();
+    release(&broker, NIC).unwrap();
+    assert_eq!(power(), "0");
 }

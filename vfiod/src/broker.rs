@@ -162,6 +162,8 @@ struct Around {
     uses: Vec<Use>,
     offers: BTreeMap<PciAddress, Vec<Offer>>,
     parts: mediated::Parts,
+    /// Whether functions may lose power when idle, where that matters.
+    d3cold: BTreeMap<PciAddress, bool>,
 }
 
 /// Somebody who waits for one answer. Work may go on after it was given.
@@ -293,7 +295,7 @@ impl Broker {
     pub fn list_devices(&self, brief: bool) -> Vec<DeviceRecord> {
         let data = self.data();
         let claims = claims_by_device(&data.leases);
-        let mut quarantined = data.quarantined();
+        let mut quarantined = data.quarantined(None);
         let mut pools = data.pools();
         let record = |f: &Arc<Function>| {
             let lease = claims.get(&f.address).copied();
@@ -355,7 +357,23 @@ impl Broker {
     fn look_around(&self, request: &Request) -> Result<Around, Failure> {
         let uses = self.uses(&self.refresh_around(request)?)?;
         let (offers, parts) = (self.offers_around(request)?, self.look_at_mediated(request)?);
-        Ok(Around { uses, offers, parts })
+        Ok(Around { uses, offers, parts, d3cold: self.power_around(request) })
+    }
+
+    /// Of those whose pool lets them lose power when idle.
+    fn power_around(&self, request: &Request) -> BTreeMap<PciAddress, bool> {
+        let (rules, inventory) = {
+            let data = self.data();
+            (data.rules(&BTreeSet::new()), data.inventory.clone())
+        };
+        let groups = request.devices.iter().filter_map(|device| inventory.group_of(*device));
+        let around = groups.flat_map(|group| &group.members);
+        let may = |device: &&PciAddress| rules.get(*device).is_some_and(|r| r.d3cold == Some(true));
+        let read = |device: &PciAddress| {
+            let allowed = self.host().function(*device).attr("d3cold_allowed").ok()??;
+            Some((*device, allowed == "1"))
+        };
+        around.filter(may).filter_map(read).collect()
     }
 
     /// `driver_override` changes silently, so whatever is about to be planned is read again.
@@ -389,12 +407,14 @@ impl Broker {
     ) -> Result<Request, Failure> {
         let inventory = self.inventory();
         let mut devices = BTreeSet::new();
+        let tenant = options.tenant.as_deref();
         if let Some(physical) = &options.vf_of {
             let physical = inventory.resolve(physical)?;
             let count = options.count.unwrap_or(1);
-            devices.extend(self.free_virtual_functions(physical, count, barred)?);
+            devices.extend(self.free_virtual_functions(physical, count, tenant, barred)?);
         } else if let Some(pool) = options.pool.as_ref().filter(|_| names.is_empty()) {
-            devices.extend(self.free_in_pool(pool, options.count.unwrap_or(1), barred)?);
+            let count = options.count.unwrap_or(1);
+            devices.extend(self.free_in_pool(pool, count, tenant, barred)?);
         } else {
             check_devices(names)?;
         }
@@ -429,18 +449,20 @@ impl Broker {
             allow_protected: options.allow_protected,
             shape: options.shape.clone(),
             node_access: options.node_access.then_some(user),
+            tenant: options.tenant.clone(),
         })
     }
 }
 
 fn plan_within(data: &Data, request: &Request, found: Around) -> Result<Plan, Refusal> {
     let rules = data.rules(&request.devices.iter().copied().collect());
-    let circumstances = Circumstances { rules, ..circumstances(data, found) };
+    let quarantined = data.quarantined(request.tenant.as_deref());
+    let circumstances = Circumstances { rules, quarantined, ..circumstances(data, found) };
     plan::attach(&data.inventory, &circumstances, request)
 }
 
 fn circumstances(data: &Data, found: Around) -> Circumstances {
-    let Around { uses, offers, parts: mediated::Parts { devices, parents } } = found;
+    let Around { uses, offers, parts: mediated::Parts { devices, parents }, d3cold } = found;
     let claim = |(device, lease): (PciAddress, &Lease)| {
         let claim = Claim {
             lease: lease.id.clone(),
@@ -455,11 +477,12 @@ fn circumstances(data: &Data, found: Around) -> Circumstances {
         claims,
         uses,
         offers,
-        quarantined: data.quarantined(),
+        quarantined: data.quarantined(None),
         autoprobe_off: data.autoprobe_off.clone(),
         mediated: data.with_claimed(devices),
         parents,
         rules: data.rules(&BTreeSet::new()),
+        d3cold,
         ..Circumstances::default()
     }
 }

@@ -218,6 +218,15 @@ impl Lease {
         set.unwrap_or_else(|| self.devices.get(&device)?.before.driver_override.as_ref())
     }
 
+    /// Functions that a tenant has used, and that cannot be reset though that is required.
+    pub fn unresettable(&self) -> impl Iterator<Item = PciAddress> {
+        let used = self.forward.iter().all(|recorded| recorded.outcome.is_some())
+            && self.task.is_none()
+            && !self.skipped.reset;
+        let left = self.care.iter().filter(move |(_, care)| used && care.is_kept_for_tenant());
+        left.map(|(device, _)| *device)
+    }
+
     /// Whether something that is there to clean a function is still to be done.
     pub fn is_unclean(&self, device: PciAddress) -> bool {
         let cleans = |step: &Step| {

@@ -35,6 +35,9 @@ pub struct Distrusted {
     pub reason: String,
     /// User id of who decided it; none for vfiod itself.
     pub by: Option<u32>,
+    /// The tenant who may have it all the same: what is left in it is that tenant's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub but_for: Option<String>,
 }
 
 impl Distrusted {
@@ -47,6 +50,7 @@ impl Distrusted {
             since: now(),
             reason: reason.to_owned(),
             by,
+            but_for: None,
         }
     }
 
@@ -96,6 +100,7 @@ impl Distrusted {
             reason: self.reason.clone(),
             by: self.by.map_or_else(|| "vfiod".to_owned(), |user| user.to_string()),
             present: there.is_some(),
+            but_for: self.but_for.clone(),
         }
     }
 }
@@ -122,10 +127,15 @@ fn path(upstream: &[PciAddress], address: PciAddress) -> (PciAddress, Vec<(u8, u
     (first, upstream.iter().copied().map(slot).collect())
 }
 
-/// The functions that are not trusted, and why.
-pub fn reasons(entries: &[Distrusted], inventory: &Inventory) -> BTreeMap<PciAddress, String> {
+/// The functions that are not trusted, and why, but for what `tenant` may have all the same.
+pub fn reasons(
+    entries: &[Distrusted],
+    inventory: &Inventory,
+    tenant: Option<&str>,
+) -> BTreeMap<PciAddress, String> {
+    let keeps = |entry: &&Distrusted| entry.but_for.is_none() || entry.but_for.as_deref() != tenant;
     let found = |entry: &Distrusted| Some((entry.find(inventory)?.address, entry.reason.clone()));
-    entries.iter().filter_map(found).collect()
+    entries.iter().filter(keeps).filter_map(found).collect()
 }
 
 /// Why a function is not trusted, if so.
@@ -242,6 +252,7 @@ mod tests {
             since: 1,
             reason: "its firmware was changed".into(),
             by: Some(0),
+            but_for: None,
         }
     }
 

@@ -47,6 +47,8 @@ pub struct AttachOptions {
     pub node_access: bool,
     /// Leave device memory as the tenant leaves it, also where it can be cleared.
     pub no_scrub: bool,
+    /// Whom the devices are for, where that is only planned.
+    pub tenant: Option<String>,
 }
 
 /// Options of releasing.
@@ -156,6 +158,7 @@ impl AttachOptions {
         for (key, value) in raw {
             match key.as_str() {
                 "vm" => options.vm = Some(text(key, value)?),
+                "tenant" => options.tenant = Some(text(key, value)?),
                 "whole_group" => options.whole_group = flag(key, value)?,
                 "adopt" => options.adopt = flag(key, value)?,
                 "allow_protected" => options.allow_protected = flag(key, value)?,
@@ -190,6 +193,9 @@ impl AttachOptions {
         if let Some(vm) = &options.vm {
             check_name("virtual machine", vm)?;
         }
+        if let Some(tenant) = &options.tenant {
+            check_name("tenant", tenant)?;
+        }
         Ok(options)
     }
 
@@ -205,8 +211,9 @@ impl AttachOptions {
 }
 
 fn unknown_to_attach(key: &str) -> Failure {
-    const KNOWN: [&str; 11] = [
+    const KNOWN: [&str; 12] = [
         "vm",
+        "tenant",
         "whole_group",
         "adopt",
         "allow_protected",

@@ -250,6 +250,8 @@ pub struct QuarantineRecord {
     pub by: String,
     /// Whether it is there.
     pub present: bool,
+    /// The tenant who may have it all the same, if one may.
+    pub but_for: Option<String>,
 }
 
 /// Something that happened.

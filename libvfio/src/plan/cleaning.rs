@@ -9,8 +9,9 @@ use crate::inventory::Inventory;
 use crate::modalias::same_driver;
 use crate::pci::Function;
 use crate::policy::Resets;
+use crate::quirks;
 use crate::scrub::{self, Scrubber};
-use crate::step::Step;
+use crate::step::{Step, Tunable};
 
 /// How a function is cleaned when its lease ends. Decided when that is made, so that who leases
 /// knows, and nobody changes it meanwhile.
@@ -48,6 +49,11 @@ impl Care {
         }
     }
 
+    /// Whether nobody but the same tenant may have it afterwards.
+    pub fn is_kept_for_tenant(&self) -> bool {
+        self.reset == Resets::Required && self.way.is_none()
+    }
+
     /// In what it is weaker than it would be without a policy, if it is.
     pub fn weaker(&self) -> Option<String> {
         let reset = match (self.reset, &self.way) {
@@ -83,7 +89,7 @@ pub(super) fn care<'a>(
             Step::Reset { with, .. } if with.contains(&address) => Some("bus"),
             Step::Reset { device, with } if *device == address && !with.is_empty() => Some("bus"),
             Step::Reset { device, .. } if *device == address => {
-                function.reset_methods.first().map(String::as_str)
+                quirks::methods(function).first().copied()
             }
             _ => None,
         });
@@ -95,6 +101,14 @@ pub(super) fn care<'a>(
         (address, Care { reset, way: way.map(str::to_owned), scrub })
     };
     functions.iter().map(care).collect()
+}
+
+/// What keeps the kernel, and VFIO in it, from reset methods that a function does not survive, for the
+/// time of a lease. Where it has no others, nothing does.
+pub(super) fn spared(function: &Function) -> Option<Step> {
+    let (from, to) = (function.reset_methods.join(" "), quirks::methods(function).join(" "));
+    let (device, setting) = (function.address, Tunable::ResetMethod);
+    (from != to && !to.is_empty()).then_some(Step::Tune { device, setting, from, to })
 }
 
 /// The resets of those `devices` that are on VFIO, as few as do: by its own means where a function
@@ -114,8 +128,11 @@ fn ways(
     let mut covered: BTreeSet<PciAddress> = BTreeSet::new();
     for function in devices.iter().filter_map(ours).filter(|f| !by_itself(inventory, f)) {
         let bus = on_bus(inventory, function);
-        let can = !function.upstream.is_empty()
+        // What is alone on its bus has that among its own means, or must not be reset by it.
+        let can = bus.len() > 1
+            && !function.upstream.is_empty()
             && function.physical().is_none()
+            && !quirks::of(function).any(|quirk| quirk.avoid.contains(&"bus"))
             && bus.iter().all(|address| {
                 devices.contains(address) && ours(address).is_some_and(|f| !f.is_bridge())
             });
@@ -182,9 +199,10 @@ fn detour(function: &Function, driver: &str, step: Step) -> Vec<Step> {
 /// Whether the kernel can reset a function and no other. By its bus it does so only where nothing
 /// else is on that (`pci_parent_bus_reset`, `drivers/pci/pci.c`).
 fn by_itself(inventory: &Inventory, function: &Function) -> bool {
-    let by_bus = |method: &String| matches!(method.as_str(), "bus" | "cxl_bus");
+    let by_bus = |method: &&str| matches!(*method, "bus" | "cxl_bus");
     let alone = || !function.upstream.is_empty() && on_bus(inventory, function).len() == 1;
-    !function.reset_methods.iter().all(by_bus) || !function.reset_methods.is_empty() && alone()
+    let methods = quirks::methods(function);
+    !methods.iter().all(by_bus) || !methods.is_empty() && alone()
 }
 
 fn on_bus(inventory: &Inventory, function: &Function) -> BTreeSet<PciAddress> {

@@ -13,6 +13,7 @@ use crate::error::ErrorKind;
 use crate::inventory::Inventory;
 use crate::pci::{Binding, Function, Identity, Sriov};
 use crate::policy::{Assignment, Facts, Mode, Policy, Pool, Role};
+use crate::quirks;
 use crate::shape::{Capability, Limits, Setting, Value};
 use crate::step::{Step, Tunable};
 
@@ -450,9 +451,9 @@ fn tuning(circumstances: &Circumstances, pool: &Pool, function: &Function) -> Ve
     let device = function.address;
     let mut steps = Vec::new();
     if let Some(order) = &pool.reset_order {
-        let (now, can) = (function.reset_methods.join(" "), &function.reset_methods);
+        let (now, can) = (function.reset_methods.join(" "), quirks::methods(function));
         let fitting: Vec<&str> =
-            order.iter().filter(|method| can.contains(method)).map(String::as_str).collect();
+            order.iter().map(String::as_str).filter(|method| can.contains(method)).collect();
         let to = fitting.join(" ");
         if !to.is_empty() && to != now {
             let setting = Tunable::ResetMethod;
@@ -460,8 +461,11 @@ fn tuning(circumstances: &Circumstances, pool: &Pool, function: &Function) -> Ve
         }
     }
     let word = |on| if on { "1" } else { "0" }.to_owned();
+    // While it is leased it keeps its power, whatever it may do when nobody has it.
+    let leased = circumstances.claims.get(&device).is_some_and(|claim| claim.task.is_none());
     if let (Some(wanted), Some(now)) = (pool.d3cold, circumstances.d3cold.get(&device))
         && wanted != *now
+        && !(leased && wanted)
     {
         let setting = Tunable::D3cold;
         steps.push(Step::Tune { device, setting, from: word(*now), to: word(wanted) });

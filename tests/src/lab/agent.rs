@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::link::Link;
-use super::product::{vfioctl, vfioctl_json};
+use super::product::{self, vfioctl, vfioctl_json};
 use super::sysfs::Snapshot;
 use super::{Lab, PAYLOAD, command, scenarios};
 use crate::protocol::{FromLab, ToLab};
@@ -83,6 +83,7 @@ fn run(lab: &mut Lab, name: &str, found: &Snapshot) -> Result<()> {
     if outcome.is_err() {
         release_all().context("ending what leases there are")?;
     }
+    product::give_to_all().context("giving what was kept to all tenants")?;
     let differences = found.differences(&Snapshot::take()?);
     if differences.is_empty() {
         return outcome;

@@ -39,6 +39,17 @@ pub fn vfioctl_json<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<
     serde_json::from_str(&text).with_context(|| format!("vfioctl --json printed {text:?}"))
 }
 
+/// Gives what cannot be reset, and is kept for its last tenant, to all: scenarios have tenants of their
+/// own.
+pub fn give_to_all() -> Result<()> {
+    let kept = vfioctl_json(["quarantine"])?;
+    let kept = kept.as_array().into_iter().flatten().filter(|device| !device["but_for"].is_null());
+    for address in kept.filter_map(|device| device["address"].as_str()) {
+        vfioctl(["quarantine", "clear", address])?.success()?;
+    }
+    Ok(())
+}
+
 /// Runs `vfioctl` as a user without privileges.
 pub fn vfioctl_unprivileged<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Ran> {
     run_unprivileged(["vfioctl"].into_iter().chain(arguments))

@@ -163,6 +163,7 @@ impl Broker {
         let strangers = self.strangers(&lease);
         let failures = walk.backward(&mut lease, &strangers);
         self.distrust_unclean(&lease, &failures);
+        self.keep_for_tenant(&lease);
         info!(
             lease = lease.id,
             tenant = lease.tenant,
@@ -369,6 +370,7 @@ impl Broker {
         let failures = walk.backward(&mut lease, &strangers);
         self.renumbered_back(&lease);
         self.distrust_unclean(&lease, &failures);
+        self.keep_for_tenant(&lease);
         let mut reason = format!("the daemon stopped while it was {}", state.name());
         if !failures.is_empty() {
             reason = format!("{reason}; {}", all(&failures));

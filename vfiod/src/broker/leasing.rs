@@ -61,6 +61,7 @@ impl Broker {
         options: &AttachOptions,
         asker: Asker,
     ) -> Result<Lease, Failure> {
+        let options = &AttachOptions { tenant: Some(tenant.to_owned()), ..options.clone() };
         let (owner, bound) = bound(options, asker.connection)?;
         let wanted = Wanted { tenant, options, user: asker.user, pools: asker.pools, bound };
         let mut barred = BTreeSet::new();

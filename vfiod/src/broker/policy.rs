@@ -107,6 +107,7 @@ impl Data {
                 isolation: pool.isolation,
                 reset: pool.reset,
                 scrub: pool.scrub.clone(),
+                d3cold: pool.d3cold,
             };
             // What was not selected comes along, whatever it is.
             if member.role == Role::Companion {
@@ -248,12 +249,13 @@ impl Broker {
         &self,
         name: &str,
         count: u32,
+        tenant: Option<&str>,
         barred: &BTreeSet<PciAddress>,
     ) -> Result<Vec<PciAddress>, Failure> {
         let data = self.data();
         let looked = data.looked_at();
         let at = place(&looked.policy, name)?;
-        let quarantined = data.quarantined();
+        let quarantined = data.quarantined(tenant);
         let free = |address: &PciAddress| {
             !barred.contains(address)
                 && !quarantined.contains_key(address)

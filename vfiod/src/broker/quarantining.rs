@@ -17,9 +17,9 @@ use crate::quarantine::{self, Distrusted};
 use crate::request::{HistoryOptions, check_reason};
 
 impl Data {
-    /// The functions that are not trusted, and why.
-    pub(super) fn quarantined(&self) -> BTreeMap<PciAddress, String> {
-        quarantine::reasons(&self.distrusted, &self.inventory)
+    /// The functions that are not trusted, and why, but for what `tenant` may have all the same.
+    pub(super) fn quarantined(&self, tenant: Option<&str>) -> BTreeMap<PciAddress, String> {
+        quarantine::reasons(&self.distrusted, &self.inventory, tenant)
     }
 
     /// Why a function is not trusted, if so.
@@ -45,7 +45,7 @@ impl Broker {
     pub fn quarantine(&self, name: &str, reason: &str, by: u32) -> Result<PciAddress, Failure> {
         check_reason(reason)?;
         let address = self.resolve(name)?;
-        self.distrust(&[address], reason, Some(by))?;
+        self.distrust(&[address], reason, Some(by), None)?;
         Ok(address)
     }
 
@@ -57,7 +57,24 @@ impl Broker {
         reason: &str,
     ) {
         let addresses: Vec<PciAddress> = addresses.into_iter().collect();
-        if let Err(failure) = self.distrust(&addresses, reason, None) {
+        self.keep_from_all(&addresses, reason, None);
+    }
+
+    /// Keeps what could not be reset after a tenant from all others.
+    pub(super) fn keep_for_tenant(&self, lease: &Lease) {
+        let left: Vec<PciAddress> = lease.unresettable().collect();
+        if !left.is_empty() {
+            let tenant = &lease.tenant;
+            let reason = format!(
+                "it cannot be reset, so what tenant '{tenant}' left in it is still there; only \
+                 '{tenant}' may have it"
+            );
+            self.keep_from_all(&left, &reason, Some(tenant));
+        }
+    }
+
+    fn keep_from_all(&self, addresses: &[PciAddress], reason: &str, but_for: Option<&str>) {
+        if let Err(failure) = self.distrust(addresses, reason, None, but_for) {
             error!(%failure, devices = ?addresses, "a quarantine will not outlive the daemon");
         }
     }
@@ -67,6 +84,7 @@ impl Broker {
         addresses: &[PciAddress],
         reason: &str,
         by: Option<u32>,
+        but_for: Option<&str>,
     ) -> Result<(), Failure> {
         let mut quarantine = self.quarantine.lock().unwrap_or_else(PoisonError::into_inner);
         let (devices, news) = {
@@ -75,11 +93,14 @@ impl Broker {
             let mut news = Vec::new();
             for function in addresses.iter().filter_map(|address| inventory.get(*address)) {
                 let new = Distrusted::new(&inventory, function, reason, by);
+                let new = Distrusted { but_for: but_for.map(str::to_owned), ..new };
                 let here = |e: &&mut Distrusted| {
                     e.find(&inventory).is_some_and(|f| f.address == function.address)
                 };
                 match data.distrusted.iter_mut().find(here) {
                     Some(known) if (known.reason.as_str(), known.by) == (reason, by) => continue,
+                    // Who may have it is not to be more than before.
+                    Some(known) if but_for.is_some() && known.but_for.is_none() => continue,
                     Some(known) => *known = Distrusted { since: known.since, ..new },
                     None => data.distrusted.push(new),
                 }

@@ -165,10 +165,11 @@ impl Broker {
         &self,
         device: PciAddress,
         count: u32,
+        tenant: Option<&str>,
         barred: &BTreeSet<PciAddress>,
     ) -> Result<Vec<PciAddress>, Failure> {
         let data = self.data();
-        let quarantined = data.quarantined();
+        let quarantined = data.quarantined(tenant);
         let pools = data.pools();
         let ours = |address: &PciAddress| pools.get(address).is_some_and(|(_, on_vfio)| *on_vfio);
         let free = |address: &PciAddress| {

@@ -13,7 +13,9 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::refusals::with_rule;
 use crate::lab::command::{Ran, run_unprivileged};
-use crate::lab::product::{busctl_attach, lease, refused, vfioctl, vfioctl_unprivileged};
+use crate::lab::product::{
+    busctl_attach, give_to_all, lease, refused, vfioctl, vfioctl_unprivileged,
+};
 use crate::lab::{Lab, sysfs, wait_until};
 use crate::machine::EDU;
 
@@ -67,6 +69,10 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     wait_until("the lease ends", LIMIT, || Ok(lease(&id)?.is_none()))?;
     lab.step("while one is open the lease does not end and nobody else gets the device")?;
 
+    // It cannot be reset.
+    let kept = vfioctl(["attach", EDU.address, "--tenant", "ours"])?;
+    refused(&kept, 11, &["cannot be reset", "only 'tenant-a' may have it"])?;
+    give_to_all()?;
     let ours = "action.lookup('tenant') == 'ours'";
     with_rule(ours, || {
         vfioctl_unprivileged(["attach", EDU.address, "--tenant", "ours"])?.success()?;
@@ -81,6 +87,7 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
         refused(&locked, 1, &["org.vfiod1.lock-memory"])?;
         vfioctl(["release", &id])?.success().map(drop)
     })?;
+    give_to_all()?;
     lab.step("an ordinary user opens what it leased itself, and may lock memory only if allowed")?;
 
     hidden(lab, interface)

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::survival::drivers;
 use crate::lab::command::{self, Ran};
-use crate::lab::product::{busctl_attach, lease, refused, vfioctl, vfioctl_json};
+use crate::lab::product::{busctl_attach, give_to_all, lease, refused, vfioctl, vfioctl_json};
 use crate::lab::{Lab, sysfs, wait_until};
 use crate::machine::{EDU, GPU, GPU_AUDIO, NIC};
 
@@ -205,6 +205,7 @@ pub(super) fn managed(lab: &mut Lab) -> Result<()> {
         let id = busctl_attach(EDU.address, "tenant-a")?;
         let printed = vfioctl(["libvirt-xml", &id])?.success()?;
         vfioctl(["release", &id])?.success()?;
+        give_to_all()?;
         let elements = printed.split("<!--").next().context("no elements")?;
         virsh(["undefine", "web"])?.success()?;
         define("web", WEB, None, elements)?;

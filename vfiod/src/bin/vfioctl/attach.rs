@@ -59,7 +59,11 @@ async fn plan(
     args: &AttachArgs,
     out: &Output,
 ) -> Result<ExitCode, Trouble> {
-    let reply = bus.ask("Plan", &(devices, options(args))).await?;
+    let mut options = options(args);
+    if let Some(tenant) = &args.tenant {
+        options.insert("tenant", tenant.as_str().into());
+    }
+    let reply = bus.ask("Plan", &(devices, options)).await?;
     let plan: PlanRecord = reply.read()?;
     let asked = match args.vf_of.as_ref().or(args.pool.as_ref()) {
         Some(physical) => format!("{} of {physical}", args.count),

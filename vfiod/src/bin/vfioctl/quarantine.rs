@@ -95,6 +95,7 @@ mod tests {
             reason: "reset failed".into(),
             by: "vfiod".into(),
             present: true,
+            but_for: None,
         };
         let absent = QuarantineRecord {
             name: "10de:2330".into(),
