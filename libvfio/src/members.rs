@@ -31,7 +31,13 @@ pub(crate) fn within(
 
 /// The function in whose directory a path is.
 pub(crate) fn nearest_function(path: &Path) -> Option<PciAddress> {
-    path.iter().rev().find_map(|part| part.to_str()?.parse().ok())
+    path.iter().rev().find_map(|part| named(part.to_str()?))
+}
+
+/// The function of that name. Others have names that would do for a person: `00:02:0.0` is a port of
+/// the PNP device `00:02` (`drivers/tty/serial/serial_base_bus.c`).
+fn named(name: &str) -> Option<PciAddress> {
+    name.parse().ok().filter(|address: &PciAddress| address.to_string() == name)
 }
 
 /// NVMe namespaces that may have several paths hang below a subsystem instead of a function; the
@@ -59,7 +65,7 @@ pub(crate) fn directory(host: &HostRoot, function: PciAddress) -> Option<PathBuf
 /// shown under its lock.
 pub(crate) fn nodes(host: &HostRoot, function: PciAddress) -> Vec<PathBuf> {
     let below = |dir: &SysDir| {
-        let names = dir.directories().into_iter().filter(|n| n.parse::<PciAddress>().is_err());
+        let names = dir.directories().into_iter().filter(|name| named(name).is_none());
         names.map(|name| dir.sub(&name)).collect::<Vec<_>>()
     };
     let mut nodes = Vec::new();
@@ -76,4 +82,18 @@ fn node(dir: &SysDir) -> Option<PathBuf> {
     let uevent = dir.attr("uevent").ok().flatten()?;
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
     Some(Path::new("/dev").join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_functions_own_name_is_one() {
+        let nearest = |path: &str| nearest_function(Path::new(path)).map(|f| f.to_string());
+        let port = "../../devices/pnp0/00:02/00:02:0/00:02:0.0/tty/ttyS0";
+        assert_eq!(nearest(port), None);
+        let disk = "../../devices/pci0000:00/0000:00:05.0/0000:02:00.0/nvme/nvme0/nvme0n1";
+        assert_eq!(nearest(disk).as_deref(), Some("0000:02:00.0"));
+    }
 }
