@@ -78,7 +78,7 @@ impl Inventory {
     /// Reads the function at `address` anew, adding or dropping it. The cost does not depend on how
     /// many others there are.
     pub fn refresh(&mut self, host: &HostRoot, address: PciAddress) {
-        let now = look(host, address, self.get(address).map(AsRef::as_ref));
+        let now = look(host, address, self.get(address).map(AsRef::as_ref), None);
         self.put(address, now);
     }
 
@@ -249,10 +249,15 @@ impl Inventory {
 }
 
 /// What is at `address` now, given what was there: of the same function only what can change is
-/// read.
-pub fn look(host: &HostRoot, address: PciAddress, before: Option<&Function>) -> Option<Function> {
+/// read, and the override only if nobody has just read it.
+pub fn look(
+    host: &HostRoot,
+    address: PciAddress,
+    before: Option<&Function>,
+    driver_override: Option<&Option<String>>,
+) -> Option<Function> {
     match before {
-        Some(before) => before.reread(host),
+        Some(before) => before.reread(host, driver_override),
         None => Function::read(host, address),
     }
 }

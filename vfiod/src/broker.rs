@@ -21,9 +21,10 @@ mod watching;
 pub use leasing::{Asker, Pools};
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use libvfio::address::PciAddress;
@@ -167,13 +168,28 @@ struct Around {
 }
 
 /// Somebody who waits for one answer. Work may go on after it was given.
-#[derive(Debug)]
-struct Reply<T>(SyncSender<Result<T, Failure>>);
+pub struct Reply<T>(Mutex<Option<Tell<T>>>);
+
+type Tell<T> = Box<dyn FnOnce(Result<T, Failure>) + Send>;
 
 impl<T> Reply<T> {
+    /// Somebody who is told by this.
+    pub fn new(tell: impl FnOnce(Result<T, Failure>) + Send + 'static) -> Self {
+        Self(Mutex::new(Some(Box::new(tell))))
+    }
+
     /// The first answer counts.
-    fn give(&self, answer: Result<T, Failure>) {
-        let _ = self.0.try_send(answer);
+    pub fn give(&self, answer: Result<T, Failure>) {
+        let tell = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(tell) = tell {
+            tell(answer);
+        }
+    }
+}
+
+impl<T> fmt::Debug for Reply<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reply").finish_non_exhaustive()
     }
 }
 
@@ -245,9 +261,13 @@ impl Broker {
         self: &Arc<Self>,
         work: impl FnOnce(&Arc<Self>, &Reply<T>) + Send + 'static,
     ) -> Result<T, Failure> {
-        let (reply, answer) = sync_channel(1);
+        let (tell, answer) = channel();
+        let reply = Reply::new(move |given| {
+            // Whoever asked waits for it.
+            let _ = tell.send(given);
+        });
         let broker = self.clone();
-        std::thread::spawn(move || work(&broker, &Reply(reply)));
+        std::thread::spawn(move || work(&broker, &reply));
         answer.recv().unwrap_or_else(|_| Err(internal("a fault of vfiod: see its journal")))
     }
 
@@ -262,6 +282,12 @@ impl Broker {
     fn tell(&self, change: Change) {
         // Nobody listens while the daemon shuts down.
         let _ = self.changes.send(change);
+    }
+
+    fn tell_all(&self, changes: Vec<Change>) {
+        for change in changes {
+            self.tell(change);
+        }
     }
 
     /// The name of the simulated host, if this is one.
@@ -384,7 +410,8 @@ impl Broker {
         let mut physical = BTreeSet::new();
         for device in &request.devices {
             addresses.extend(inventory.group_of(*device).into_iter().flat_map(|g| &g.members));
-            physical.extend(inventory.get(*device).and_then(|f| f.physical()));
+            let function = inventory.get(*device).filter(|_| !request.shape.is_empty());
+            physical.extend(function.and_then(|f| f.physical()));
         }
         drop(inventory);
         self.refresh(addresses.union(&physical).copied());
@@ -525,6 +552,6 @@ fn group_record(data: &Data, number: u32) -> Option<GroupRecord> {
     Some(GroupRecord { leases, ..GroupRecord::new(&data.inventory, group) })
 }
 
-fn internal(error: impl std::fmt::Display) -> Failure {
+fn internal(error: impl fmt::Display) -> Failure {
     Failure::new(ErrorKind::Internal, error.to_string())
 }

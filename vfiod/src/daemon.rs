@@ -31,6 +31,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How often one looks at overrides, which change without a report.
 const LOOKING: Duration = Duration::from_secs(5);
 
+/// Most threads for calls: each may be kept by a step that never returns, and a host has hundreds of
+/// functions.
+const MOST_THREADS: usize = 4096;
+
 /// Where the policy is.
 const CONFIG: &str = "/etc/vfiod";
 /// What it becomes: before the rules that load modules (`80-drivers.rules`).
@@ -124,7 +128,10 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         return Ok(worker::serve(root)?);
     }
     start_logging();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MOST_THREADS)
+        .build()?;
     let result = runtime.block_on(run(args));
     // A step that never returns must not keep the daemon from ending.
     runtime.shutdown_background();

@@ -235,6 +235,21 @@ impl Lease {
         self.backward.iter().any(|r| r.outcome.is_none() && cleans(&r.step))
     }
 
+    /// The override that its last step on a function has set and read back. `None` if that is not
+    /// known: there was none, it may or may not have happened, or the driver's directory may spell
+    /// the name otherwise.
+    pub fn override_read_back(&self, device: PciAddress) -> Option<&Option<String>> {
+        let mut last = None;
+        for Recorded { step, outcome } in self.forward.iter().chain(&self.backward) {
+            let Step::SetOverride { device: of, to, .. } = step else { continue };
+            if *of == device {
+                outcome.as_ref()?;
+                last = Some(to);
+            }
+        }
+        last.filter(|to| !to.as_ref().is_some_and(|name| name.contains('_')))
+    }
+
     /// Whether it keeps its devices from others.
     pub fn holds(&self, device: PciAddress) -> bool {
         self.state != State::Failed && self.devices.contains_key(&device)

@@ -218,9 +218,15 @@ impl Walk<'_> {
 
     /// Whether a device is there, and not as it was before the lease.
     fn has_strayed(&self, lease: &Lease, device: PciAddress) -> bool {
-        let now = Binding::read(&self.walker.means.host, device).ok();
-        let there = self.walker.means.host.function(device).path().exists();
-        there && now.as_ref() != lease.devices.get(&device).map(|found| &found.before)
+        let dir = self.walker.means.host.function(device);
+        let now = match lease.override_read_back(device) {
+            Some(driver_override) => Some(Binding {
+                driver: dir.link_name("driver"),
+                driver_override: driver_override.clone(),
+            }),
+            None => Binding::read(&self.walker.means.host, device).ok(),
+        };
+        dir.path().exists() && now.as_ref() != lease.devices.get(&device).map(|found| &found.before)
     }
 
     /// Walks the way back once, without the functions that are `left`; which failed, and why.

@@ -198,9 +198,18 @@ impl Function {
         Some(Self { problems, ..function })
     }
 
-    /// The function as it is now, given how it was: where it is the same one, only what changes
-    /// while a device stays is read.
-    pub fn reread(&self, host: &HostRoot) -> Option<Self> {
+    /// Whether it is still the one that was read: its directory is.
+    pub fn is_there(&self, host: &HostRoot) -> bool {
+        host.function(self.address).instance() == Some(self.instance)
+    }
+
+    /// The function as it is now, given how it was and maybe its override: where it is the same one,
+    /// only what changes while a device stays is read.
+    pub fn reread(
+        &self,
+        host: &HostRoot,
+        driver_override: Option<&Option<String>>,
+    ) -> Option<Self> {
         let dir = host.function(self.address);
         if dir.instance()? != self.instance || !self.problems.is_empty() {
             return Self::read(host, self.address);
@@ -209,7 +218,19 @@ impl Function {
         let mut problems = Vec::new();
         let header = Noting(&mut problems).default(read_header(&dir));
         now.config.alive = header.iter().any(|byte| *byte != 0xff);
-        let [driver_override, numvfs] = dir.locked_attrs(["driver_override", "sriov_numvfs"]);
+        let numbered = matches!(self.sriov, Sriov::Physical { .. });
+        let (driver_override, numvfs) = match driver_override.filter(|_| !numbered) {
+            Some(known) => (Ok(known.clone()), Ok(None)),
+            None if numbered => {
+                let [driver_override, numvfs] =
+                    dir.locked_attrs(["driver_override", "sriov_numvfs"]);
+                (driver_override, numvfs)
+            }
+            None => {
+                let [driver_override] = dir.locked_attrs(["driver_override"]);
+                (driver_override, Ok(None))
+            }
+        };
         now.read_changing(&dir, driver_override, numvfs, &mut problems);
         Some(Self { problems, ..now })
     }

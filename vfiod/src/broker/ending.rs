@@ -63,9 +63,27 @@ impl Broker {
         ids: &[String],
         options: &ReleaseOptions,
     ) -> Result<(), Failure> {
+        let end = |id: &String| {
+            let (id, options) = (id.clone(), options.clone());
+            self.apart(move |broker, reply| broker.end(&id, &options, reply))
+        };
         // One that cannot end yet is no reason to keep the others.
-        let ended: Vec<_> = ids.iter().map(|id| self.end(id, options)).collect();
+        let ended: Vec<_> = ids.iter().map(end).collect();
         ended.into_iter().collect()
+    }
+
+    /// The same, where it is one on the thread that calls, which a step that does not return keeps
+    /// after the answer.
+    pub fn release_on_this_thread(
+        self: &Arc<Self>,
+        ids: &[String],
+        options: &ReleaseOptions,
+        reply: &Reply<()>,
+    ) {
+        match ids {
+            [id] => self.end(id, options, reply),
+            ids => reply.give(self.release_all(ids, options)),
+        }
     }
 
     fn leases_where(&self, meant: impl Fn(&Lease) -> bool) -> Vec<String> {
@@ -73,25 +91,23 @@ impl Broker {
         data.leases.values().filter(|lease| meant(lease)).map(|lease| lease.id.clone()).collect()
     }
 
-    fn end(self: &Arc<Self>, id: &str, options: &ReleaseOptions) -> Result<(), Failure> {
+    fn end(self: &Arc<Self>, id: &str, options: &ReleaseOptions, reply: &Reply<()>) {
         let wait = options.wait;
-        let state = self.lease(id).map(|lease| lease.state);
+        let state = self.data().leases.get(id).map(|lease| lease.state);
         match state {
-            None => return Ok(()),
-            Some(State::Failed) => return self.dismiss(id),
+            None => return reply.give(Ok(())),
+            Some(State::Failed) => return reply.give(self.dismiss(id)),
             Some(State::Active | State::Preparing | State::Releasing | State::Wedged) => {}
         }
         let begun = begin(&mut self.data(), id, options.no_reset, None);
-        let Some(lease) = begun else { return self.await_end(id, wait) };
-        self.apart(move |broker, reply| {
-            let early = |failure: Failure| {
-                if !wait || failure.kind() == Some(ErrorKind::Wedged) {
-                    reply.give(Err(failure));
-                }
-            };
-            broker.give_back(lease, &early, reply);
-            broker.stop_waiting();
-        })
+        let Some(lease) = begun else { return reply.give(self.await_end(id, wait)) };
+        let early = |failure: Failure| {
+            if !wait || failure.kind() == Some(ErrorKind::Wedged) {
+                reply.give(Err(failure));
+            }
+        };
+        self.give_back(lease, &early, reply);
+        self.stop_waiting();
     }
 
     /// What can be said of a lease that is on its way, or its end if that is waited for.
@@ -147,8 +163,9 @@ impl Broker {
     fn give_back_apart(self: &Arc<Self>, lease: Lease) {
         let broker = self.clone();
         std::thread::spawn(move || {
-            let (reply, _nobody) = std::sync::mpsc::sync_channel(1);
-            broker.give_back(lease, &|_| {}, &Reply(reply));
+            // Nobody asked.
+            let reply = Reply::new(drop);
+            broker.give_back(lease, &|_| {}, &reply);
             broker.stop_waiting();
         });
     }
@@ -276,7 +293,10 @@ impl Broker {
 
     /// Devices at a lease's addresses that are not the lease's.
     pub(super) fn strangers(&self, lease: &Lease) -> BTreeSet<PciAddress> {
-        self.refresh(lease.devices.keys().copied());
+        let known = self.inventory();
+        // Of one that is still there nothing changes by which it is known.
+        let there = |device: &PciAddress| known.get(*device).is_some_and(|f| f.is_there(self.host()));
+        self.refresh(lease.devices.keys().copied().filter(|device| !there(device)));
         let inventory = self.inventory();
         let stranger = |(address, found): (&PciAddress, &crate::lease::Found)| {
             let now = inventory.get(*address)?;
@@ -291,7 +311,7 @@ impl Broker {
         lease.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
         let ended = failures.is_empty() && lease.failure.is_none();
         // First: whoever attaches next plans by how its devices are now, not by a look half way.
-        self.refresh_leased(&lease);
+        let changes = self.refresh_leased(&lease);
         let state = if ended { "released" } else { State::Failed.name() };
         if ended {
             if let Err(error) = self.walker.ledger.remove(&lease.id) {
@@ -305,6 +325,7 @@ impl Broker {
             }
             self.data().leases.insert(lease.id.clone(), lease.clone());
         }
+        self.tell_all(changes);
         // A task that went well was never told of.
         if lease.task.is_none() || state != "released" {
             let reason = lease.reason.clone();

@@ -61,14 +61,43 @@ impl Broker {
         options: &AttachOptions,
         asker: Asker,
     ) -> Result<Lease, Failure> {
+        let (names, tenant, options) = (names.to_vec(), tenant.to_owned(), options.clone());
+        self.apart(move |broker, reply| {
+            broker.attach_on_this_thread(&names, &tenant, &options, asker, reply);
+        })
+    }
+
+    /// The same on the thread that calls, which a step that does not return keeps after the answer.
+    pub fn attach_on_this_thread(
+        self: &Arc<Self>,
+        names: &[String],
+        tenant: &str,
+        options: &AttachOptions,
+        asker: Asker,
+        reply: &Reply<Lease>,
+    ) {
+        match self.claimed(names, tenant, options, asker) {
+            Ok((lease, owner)) => self.prepare(lease, owner, reply),
+            Err(failure) => reply.give(Err(failure)),
+        }
+    }
+
+    /// A new lease, and the process that it ends with if it is bound to one.
+    fn claimed(
+        &self,
+        names: &[String],
+        tenant: &str,
+        options: &AttachOptions,
+        asker: Asker,
+    ) -> Result<(Lease, Option<Process>), Failure> {
         let options = &AttachOptions { tenant: Some(tenant.to_owned()), ..options.clone() };
         let (owner, bound) = bound(options, asker.connection)?;
         let wanted = Wanted { tenant, options, user: asker.user, pools: asker.pools, bound };
         let mut barred = BTreeSet::new();
-        let lease = loop {
+        loop {
             let request = self.request(names, options, wanted.user, &barred)?;
             match self.claim(&request, &wanted)? {
-                Ok(lease) => break lease,
+                Ok(lease) => return Ok((lease, owner)),
                 Err(refusal) => {
                     // Of those that may be chosen, others may do.
                     let refused = refusal.reasons().iter().map(|reason| reason.object.parse());
@@ -82,8 +111,7 @@ impl Broker {
                     barred.extend(refused);
                 }
             }
-        };
-        self.apart(move |broker, reply| broker.prepare(lease, owner, reply))
+        }
     }
 
     /// Makes the lease if nothing forbids it. From then on its devices are taken.
@@ -131,11 +159,13 @@ impl Broker {
     fn prepare(self: &Arc<Self>, mut lease: Lease, owner: Option<Process>, reply: &Reply<Lease>) {
         let late = Late { broker: self, tell: &|failure| reply.give(Err(failure)) };
         let walk = self.walker.walk(&lease.id, &late);
+        let mut changes = Vec::new();
         let walked = walk.forward(&mut lease).and_then(|()| {
             // First, since an active lease whose devices look unbound is a broken one.
-            self.refresh_leased(&lease);
+            changes = self.refresh_leased(&lease);
             self.activate(&mut lease)
         });
+        self.tell_all(changes);
         if let Err(stopped) = walked {
             return reply.give(Err(self.abandon(&walk, lease, &stopped)));
         }

@@ -9,6 +9,7 @@ use libvfio::address::PciAddress;
 use libvfio::inventory::{self, Inventory};
 use libvfio::modalias::same_driver;
 use libvfio::pci::{Binding, Identity};
+use libvfio::step::Step;
 use tracing::error;
 
 use super::{Broker, Change, Property};
@@ -24,6 +25,17 @@ struct Broken {
     reason: String,
     /// The device that somebody else has changed, if it is that.
     drifted: Option<PciAddress>,
+}
+
+/// What of a function is read.
+#[derive(Clone, Copy)]
+enum Look<'a> {
+    /// All of it.
+    Anew,
+    /// What changes while a device stays.
+    Again,
+    /// The same, after a step that has read back this override.
+    After(&'a Option<String>),
 }
 
 /// What became of a function that is not there any more.
@@ -113,15 +125,19 @@ impl Broker {
     /// Looks at functions the kernel reported a change of, and at what that means for leases.
     pub fn notice(self: &Arc<Self>, addresses: impl IntoIterator<Item = PciAddress>) {
         let mut addresses: BTreeSet<PciAddress> = addresses.into_iter().collect();
-        let leases = self.leases();
-        // Whoever moves a device looks at it when it has arrived.
-        for lease in leases.iter().filter(|lease| lease.state.moves()) {
-            addresses.retain(|address| !lease.devices.contains_key(address));
+        let mut concerned = Vec::new();
+        for lease in self.data().leases.values() {
+            let has = |address: &PciAddress| lease.devices.contains_key(address);
+            if lease.state.moves() {
+                // Whoever moves a device looks at it when it has arrived.
+                addresses.retain(|address| !has(address));
+            } else if addresses.iter().any(has) {
+                concerned.push(lease.id.clone());
+            }
         }
         self.refresh(addresses.iter().copied());
-        let concerned = |lease: &&Lease| lease.devices.keys().any(|d| addresses.contains(d));
-        for lease in leases.iter().filter(concerned) {
-            self.judge(&lease.id);
+        for lease in concerned {
+            self.judge(&lease);
         }
     }
 
@@ -155,57 +171,60 @@ impl Broker {
     }
 
     pub(super) fn refresh(&self, addresses: impl IntoIterator<Item = PciAddress>) {
-        self.look_at(addresses.into_iter().map(|address| (address, false)));
-    }
-
-    /// Looks at a lease's functions, and anew at those that its steps made others of.
-    pub(super) fn refresh_leased(&self, lease: &Lease) {
-        let steps = || lease.forward.iter().chain(&lease.backward).map(|recorded| &recorded.step);
-        let anew = |address| {
-            steps().any(|step| step.device() == Some(address) && step.changes_configuration())
-        };
-        self.look_at(lease.devices.keys().map(|address| (*address, anew(*address))));
-    }
-
-    /// At functions, anew or only at what changes while a device stays.
-    fn look_at(&self, functions: impl IntoIterator<Item = (PciAddress, bool)>) {
-        for (address, anew) in functions {
-            let look = self.looks.fetch_add(1, Ordering::SeqCst);
-            let before = self.inventory().get(address).filter(|_| !anew).cloned();
-            // Not under the lock: reading takes its time where the kernel does.
-            let found = inventory::look(self.host(), address, before.as_deref());
-            let change = {
-                let mut data = self.data();
-                // Somebody who looked later has told already.
-                if data.looked.get(&address).is_some_and(|later| *later > look) {
-                    continue;
-                }
-                data.looked.insert(address, look);
-                let before = data.inventory.get(address).cloned();
-                Arc::make_mut(&mut data.inventory).put(address, found);
-                let after = data.inventory.get(address);
-                match (&before, after) {
-                    (None, None) => None,
-                    (None, Some(f)) => {
-                        Some((Change::DeviceAdded(address), f.iommu_group.is_some()))
-                    }
-                    (Some(f), None) => {
-                        Some((Change::DeviceRemoved(address), f.iommu_group.is_some()))
-                    }
-                    (Some(a), Some(b)) => {
-                        let changed = Property::changed(a, b);
-                        let regrouped = changed.contains(&Property::IommuGroup);
-                        (!changed.is_empty())
-                            .then_some((Change::DeviceChanged(address, changed), regrouped))
-                    }
-                }
-            };
-            if let Some((change, regrouped)) = change {
-                self.tell(change);
-                if regrouped {
-                    self.tell(Change::GroupsChanged);
-                }
-            }
+        for address in addresses {
+            self.tell_all(self.look_at(address, Look::Again));
         }
+    }
+
+    /// Looks at a lease's functions after its steps, and anew at those that these made others of.
+    /// What has changed is to be told with what becomes of the lease.
+    #[must_use]
+    pub(super) fn refresh_leased(&self, lease: &Lease) -> Vec<Change> {
+        let steps = || lease.forward.iter().chain(&lease.backward).map(|recorded| &recorded.step);
+        let look = |address| {
+            let of_it = |step: &Step| step.device() == Some(address);
+            match lease.override_read_back(address) {
+                _ if steps().any(|step| of_it(step) && step.changes_configuration()) => Look::Anew,
+                Some(driver_override) => Look::After(driver_override),
+                None => Look::Again,
+            }
+        };
+        let devices = lease.devices.keys();
+        devices.flat_map(|address| self.look_at(*address, look(*address))).collect()
+    }
+
+    /// Looks at a function, and answers what is to be told of it.
+    fn look_at(&self, address: PciAddress, kind: Look<'_>) -> Vec<Change> {
+        let look = self.looks.fetch_add(1, Ordering::SeqCst);
+        let anew = matches!(kind, Look::Anew);
+        let driver_override = match kind {
+            Look::After(driver_override) => Some(driver_override),
+            Look::Anew | Look::Again => None,
+        };
+        let before = self.inventory().get(address).filter(|_| !anew).cloned();
+        // Not under the lock: reading takes its time where the kernel does.
+        let found = inventory::look(self.host(), address, before.as_deref(), driver_override);
+        let mut data = self.data();
+        // Somebody who looked later has told already.
+        if data.looked.get(&address).is_some_and(|later| *later > look) {
+            return Vec::new();
+        }
+        data.looked.insert(address, look);
+        let before = data.inventory.get(address).cloned();
+        Arc::make_mut(&mut data.inventory).put(address, found);
+        let (change, regrouped) = match (&before, data.inventory.get(address)) {
+            (None, None) => return Vec::new(),
+            (None, Some(f)) => (Change::DeviceAdded(address), f.iommu_group.is_some()),
+            (Some(f), None) => (Change::DeviceRemoved(address), f.iommu_group.is_some()),
+            (Some(a), Some(b)) => {
+                let changed = Property::changed(a, b);
+                let regrouped = changed.contains(&Property::IommuGroup);
+                if changed.is_empty() {
+                    return Vec::new();
+                }
+                (Change::DeviceChanged(address, changed), regrouped)
+            }
+        };
+        [change].into_iter().chain(regrouped.then_some(Change::GroupsChanged)).collect()
     }
 }

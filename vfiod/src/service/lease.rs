@@ -1,6 +1,7 @@
 //! `org.vfiod1.Lease`: one lease's properties, and its end.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use libvfio::client::{Failure, LeaseRecord};
 use libvfio::error::ErrorKind;
@@ -9,6 +10,7 @@ use zbus::message::Header;
 
 use super::Caller;
 use crate::authority::Action;
+use crate::broker::Broker;
 use crate::lease::Lease;
 use crate::request::{RawOptions, ReleaseOptions};
 
@@ -47,7 +49,10 @@ impl LeaseObject {
         let options = ReleaseOptions::read(&options)?;
         let ids = [self.id.clone()];
         self.caller.may_release(&header, &self.id, &ids, &options).await?;
-        self.caller.run(move |broker| broker.release_all(&ids, &options)).await
+        let end = move |broker: &Arc<Broker>, reply| {
+            broker.release_on_this_thread(&ids, &options, &reply);
+        };
+        self.caller.start(end).await
     }
 
     #[zbus(out_args("descriptors"))]

@@ -1,6 +1,6 @@
 //! `org.vfiod1.Manager`: the calls. `docs/dbus.md` describes them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use libvfio::client::{
@@ -57,10 +57,10 @@ impl ManagerObject {
         let (user, is_root) = authority.caller(&header).await?;
         let (names, wanted) = (devices.clone(), options.clone());
         let of = move |broker: &Arc<Broker>| {
-            let naming = if is_root { BTreeSet::new() } else { broker.pools_naming(user) };
-            Ok((naming, broker.pools_of(&names, &wanted)))
+            Ok((broker.pools_naming(user), broker.pools_of(&names, &wanted)))
         };
-        let (naming, pools) = self.caller.run(of).await?;
+        // Root may have all, and nobody is asked about that.
+        let (naming, pools) = if is_root { <_>::default() } else { self.caller.run(of).await? };
         let listed = devices.join(" ");
         let in_pools = pools.iter().map(String::as_str).collect::<Vec<_>>().join(" ");
         let details = HashMap::from([
@@ -81,8 +81,10 @@ impl ManagerObject {
         let connection =
             if options.while_connected { Some(connections.bound(&header).await?) } else { None };
         let asker = Asker { user, pools: may, connection: connection.clone() };
-        let attach = move |broker: &Arc<Broker>| broker.attach(&devices, &tenant, &options, asker);
-        let lease = self.caller.run(attach).await?;
+        let attach = move |broker: &Arc<Broker>, reply| {
+            broker.attach_on_this_thread(&devices, &tenant, &options, asker, &reply);
+        };
+        let lease = self.caller.start(attach).await?;
         if let Some(bound) = connection {
             connections.watch(bound);
         }
@@ -102,9 +104,11 @@ impl ManagerObject {
         let leases = self.caller.broker.named(&target);
         self.caller.may_release(&header, &target, &leases, &options).await?;
         // Not what the name means by now, for that may be another's.
-        let end =
-            move |broker: &Arc<Broker>| broker.release_all(&leases, &options).map(|()| leases);
-        self.caller.run(end).await
+        let ended = leases.clone();
+        let end = move |broker: &Arc<Broker>, reply| {
+            broker.release_on_this_thread(&leases, &options, &reply);
+        };
+        self.caller.start(end).await.map(|()| ended)
     }
 
     #[zbus(out_args("plan"))]

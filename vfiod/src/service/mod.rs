@@ -21,7 +21,7 @@ use zbus::fdo::ObjectManager;
 use zbus::message::Header;
 
 use crate::authority::{Action, Authority};
-use crate::broker::{Broker, Change};
+use crate::broker::{Broker, Change, Reply};
 use crate::request::ReleaseOptions;
 
 use connections::Connections;
@@ -142,9 +142,24 @@ impl Caller {
         &self,
         work: impl FnOnce(&Arc<Broker>) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
+        self.start(move |broker, reply| reply.give(work(broker))).await
+    }
+
+    /// As [`run`](Self::run), for work that may go on after its answer.
+    async fn start<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Broker>, Reply<T>) + Send + 'static,
+    ) -> Result<T, Failure> {
         let broker = self.broker.clone();
-        let result = tokio::task::spawn_blocking(move || work(&broker)).await.unwrap_or_else(|e| {
-            Err(Failure::new(ErrorKind::Internal, format!("a fault of vfiod: {e}")))
+        let (tell, answer) = tokio::sync::oneshot::channel();
+        let reply = Reply::new(move |given| {
+            // Whoever asked may have gone.
+            let _ = tell.send(given);
+        });
+        tokio::task::spawn_blocking(move || work(&broker, reply));
+        let result = answer.await.unwrap_or_else(|_| {
+            let why = "a fault of vfiod: see its journal";
+            Err(Failure::new(ErrorKind::Internal, why))
         });
         let (done, told) = tokio::sync::oneshot::channel();
         if self.changes.send(Change::Barrier(done)).is_ok() {
