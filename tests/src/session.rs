@@ -94,6 +94,8 @@ pub struct Session {
     pub root: PathBuf,
     /// The bus.
     pub address: String,
+    /// Where root asks without it.
+    pub socket: PathBuf,
     _bus: Running,
     _directory: TempDir,
 }
@@ -144,12 +146,14 @@ impl Session {
         let mut dbus = Command::new("dbus-daemon");
         let bus = Running::start(dbus.args(bus).stderr(Stdio::null()), false);
         let address = bus.line_with("unix:");
-        let vfiod = Running::start(vfiod.args(["--simulate", host, "--bus", &address]), true);
+        let socket = directory.path().join("private");
+        vfiod.args(["--simulate", host, "--bus", &address, "--socket"]).arg(&socket);
+        let vfiod = Running::start(vfiod, true);
         let simulated = vfiod.line_with("simulated");
         let root = simulated.split_once("root=").expect("the root is told").1;
         let root = root.split_whitespace().next().unwrap().into();
         vfiod.line_with("ready");
-        Self { vfiod, root, address, _bus: bus, _directory: directory }
+        Self { vfiod, root, address, socket, _bus: bus, _directory: directory }
     }
 
     /// Runs `vfioctl` on the bus; the arguments are separated by spaces.

@@ -1,10 +1,19 @@
 //! `vfiod --simulate` as anyone would try it: the real programs on a bus of their own.
 
+use std::fs::{Permissions, set_permissions};
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use libvfio::client::{ManagerProxy, Options};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, geteuid};
+use rustix::process::Uid;
+use rustix::thread::set_thread_res_uid;
 use vfiod_tests::session::{LONG, Running, Session, program};
+use zbus::connection::Builder;
 
 const GPU: &str = "0000:01:00.0";
 const HOST: &str = "workstation";
@@ -58,6 +67,55 @@ fn a_card_that_is_shared_out_is_shown_and_leased_with_a_type() {
     session.done("release 41:00.4");
     session.done("vf set 41:00.0 0");
     assert_eq!(session.vfioctl("vf show 41:00.0").status.code(), Some(14), "no virtual function");
+}
+
+#[tokio::test]
+async fn root_is_answered_without_a_bus_as_on_it() {
+    let session = Session::start(HOST);
+    let address = format!("unix:path={}", session.socket.display());
+    let connection = Builder::address(address.as_str()).p2p().build().await.unwrap();
+    let manager = ManagerProxy::new(&connection).await.unwrap();
+    assert_eq!(manager.simulated().await.unwrap(), HOST);
+    let (lease, _) = manager.attach(&[GPU], "alice", Options::new()).await.unwrap();
+    let on_the_bus = ManagerProxy::new(&session.connect().await).await.unwrap();
+    assert_eq!(on_the_bus.list_leases().await.unwrap()[0].id, lease);
+    let refused = manager.attach(&[GPU], "bob", Options::new()).await.unwrap_err();
+    assert!(refused.to_string().contains("alice"), "{refused}");
+    let bound = Options::from([("while_connected", true.into())]);
+    let refused = manager.attach(&["02:00.0"], "bob", bound).await.unwrap_err();
+    assert!(refused.to_string().contains("over the bus"), "{refused}");
+    assert_eq!(manager.release(GPU, Options::new()).await.unwrap(), [lease]);
+}
+
+#[test]
+fn whoever_reaches_the_daemons_own_socket_and_is_not_root_is_refused() {
+    if !geteuid().is_root() {
+        eprintln!("skipped: only root can be somebody else");
+        return;
+    }
+    let session = Session::start(HOST);
+    let mode = std::fs::metadata(&session.socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // Had the administrator opened all that is in the way.
+    set_permissions(&session.socket, Permissions::from_mode(0o666)).unwrap();
+    set_permissions(session.socket.parent().unwrap(), Permissions::from_mode(0o755)).unwrap();
+    assert!(greeted(&session.socket, 0));
+    assert!(!greeted(&session.socket, 65534));
+    session.vfiod.line_with("refused at the daemon's own socket");
+}
+
+/// Whether a user who connects is answered at all.
+fn greeted(socket: &Path, user: u32) -> bool {
+    let talk = || {
+        let user = Uid::from_raw(user);
+        // The user of this thread alone.
+        set_thread_res_uid(user, user, user).unwrap();
+        let mut stream = UnixStream::connect(socket).unwrap();
+        let mut answer = [0; 16];
+        let asked = stream.write_all(b"\0AUTH EXTERNAL 30\r\n");
+        asked.and_then(|()| stream.read(&mut answer)).is_ok_and(|length| length > 0)
+    };
+    std::thread::scope(|scope| scope.spawn(talk).join().unwrap())
 }
 
 #[test]

@@ -78,12 +78,26 @@ pub struct Authority {
     owner: u32,
     /// User ids of callers by unique name. The bus never reuses a unique name.
     users: Mutex<HashMap<String, u32>>,
+    /// The one caller there is, on a connection without a bus.
+    peer: Option<u32>,
 }
 
 impl Authority {
     /// For calls over `connection`, where root and `owner` may do everything.
     pub fn new(connection: zbus::Connection, owner: u32) -> Self {
-        Self { connection, owner, users: Mutex::default() }
+        Self { connection, owner, users: Mutex::default(), peer: None }
+    }
+
+    /// For calls over a connection without a bus, all of which this user makes.
+    #[must_use]
+    pub fn for_peer(&self, user: u32) -> Self {
+        let (connection, owner) = (self.connection.clone(), self.owner);
+        Self { connection, owner, users: Mutex::default(), peer: Some(user) }
+    }
+
+    /// Whether a user may do everything.
+    pub fn trusts(&self, user: u32) -> bool {
+        user == 0 || user == self.owner
     }
 
     /// The user id of the caller if it may do `action`, else why not. `details` are for polkit's
@@ -95,7 +109,7 @@ impl Authority {
         details: &HashMap<&str, &str>,
     ) -> Result<u32, Failure> {
         let user = self.user(header).await?;
-        if user == 0 || user == self.owner || self.polkit_allows(header, action, details).await {
+        if self.trusts(user) || self.polkit_allows(header, action, details).await {
             return Ok(user);
         }
         info!(user, action = action.id(), ?details, "refused by polkit");
@@ -111,7 +125,7 @@ impl Authority {
     /// The user id of the caller, and whether it may do everything.
     pub async fn caller(&self, header: &Header<'_>) -> Result<(u32, bool), Failure> {
         let user = self.user(header).await?;
-        Ok((user, user == 0 || user == self.owner))
+        Ok((user, self.trusts(user)))
     }
 
     /// Like [`check`](Self::check), but `owner` may, too.
@@ -142,6 +156,9 @@ impl Authority {
 
     /// The user that calls.
     pub async fn user(&self, header: &Header<'_>) -> Result<u32, Failure> {
+        if let Some(user) = self.peer {
+            return Ok(user);
+        }
         let unknown =
             || Failure::new(ErrorKind::NotAuthorized, "the bus does not say who calls; call again");
         let sender = header.sender().ok_or_else(unknown)?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use libvfio::address::PciAddress;
+use libvfio::client::PRIVATE_SOCKET;
 use libvfio::host::HostRoot;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::unbounded_channel;
@@ -43,6 +44,7 @@ const RULES: &str = "/etc/udev/rules.d/10-vfiod.rules";
 /// What is below the options in `--help` and in the manual page.
 const MORE: &str = "\
 Files:
+  /run/vfiod/private              where root asks without the bus
   /run/vfiod/leases/ID.json       a lease, and in ID.old as it was one step before
   /var/lib/vfiod/quarantine.json  devices not trusted; the same in quarantine.json.copy
   /var/lib/vfiod/history.jsonl    what became of leases, and before that in history.jsonl.1
@@ -92,6 +94,10 @@ pub struct Args {
     /// The bus to serve on, as a D-Bus address, instead of the system bus
     #[arg(long, value_name = "ADDRESS")]
     bus: Option<String>,
+    /// A socket where root asks without the bus [default: /run/vfiod/private, none with --simulate,
+    /// --root or --bus]
+    #[arg(long, value_name = "FILE")]
+    socket: Option<PathBuf>,
     /// How long a kind of step may take before its device counts as wedged, such as unbind=30; may
     /// be repeated
     #[arg(long = "deadline", value_name = "KIND=SECONDS")]
@@ -119,6 +125,12 @@ impl Args {
         let rules = (real && self.config.is_none()).then(|| PathBuf::from(RULES));
         let config = real.then(|| PathBuf::from(CONFIG));
         (self.config.clone().or(config), self.rules.clone().or(rules))
+    }
+
+    /// Where root asks without the bus.
+    fn socket(&self) -> Option<&Path> {
+        let usual = self.simulate.is_none() && self.root == Path::new("/") && self.bus.is_none();
+        self.socket.as_deref().or_else(|| usual.then_some(Path::new(PRIVATE_SOCKET)))
     }
 }
 
@@ -171,6 +183,11 @@ async fn run(args: &Args) -> anyhow::Result<()> {
     };
     let service = Service::connect(builder, &broker, tell).await.context("cannot use the bus")?;
     service.serve(changes).await.context("cannot take the name org.vfiod1 on the bus")?;
+    if let Some(socket) = args.socket()
+        && let Err(error) = service.serve_privately(socket)
+    {
+        warn!(%error, socket = %socket.display(), "root can ask over the bus only");
+    }
     info!(
         functions = broker.inventory().functions().len(),
         groups = broker.inventory().groups().len(),

@@ -33,6 +33,10 @@ With options, here the virtual machine that `Release` can name later:
 Records are dictionaries `a{sv}`; their keys are in [vfioctl-json.md](vfioctl-json.md). A key that is
 absent is unknown or does not apply, and later versions may add keys. Names of tenants and virtual
 machines have 1 to 64 bytes: letters, digits and `. _ : @ + -`, beginning with a letter or digit.
+
+Root may ask without a bus, which is faster, and `vfioctl` does: at `/run/vfiod/private` the Manager
+answers alone, without signals, to whoever the kernel says is root. What ends with a connection is
+for the bus.
 ";
 
 #[test]

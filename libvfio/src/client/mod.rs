@@ -25,6 +25,8 @@ use zbus::wire::{OwnedObjectPath, OwnedVariant, Variant};
 
 /// The daemon's name on the bus.
 pub const BUS_NAME: &str = "org.vfiod1";
+/// Where root finds [`ManagerProxy`], and nothing else, without a bus.
+pub const PRIVATE_SOCKET: &str = "/run/vfiod/private";
 /// The root of its objects, where [`ManagerProxy`] is.
 pub const ROOT_PATH: &str = "/org/vfiod1";
 

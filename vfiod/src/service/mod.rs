@@ -6,10 +6,13 @@ mod device;
 mod group;
 mod lease;
 mod manager;
+mod private;
 mod publisher;
 mod questions;
 
 use std::collections::HashMap;
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use libvfio::client::{BUS_NAME, Failure, ROOT_PATH, device_path, group_path, lease_path};
@@ -86,6 +89,13 @@ impl Service {
         self.caller.connections.find();
         self.connection.request_name(BUS_NAME).await?;
         tokio::spawn(publisher::run(self.connection.clone(), self.caller.clone(), changes));
+        Ok(())
+    }
+
+    /// Answers at a socket of the daemon's own too, which root alone may use.
+    pub fn serve_privately(&self, path: &Path) -> io::Result<()> {
+        let listener = private::listen(path)?;
+        tokio::spawn(private::serve(listener, self.caller.clone()));
         Ok(())
     }
 

@@ -1,14 +1,17 @@
 //! One connection to the bus, on which vfiod is asked. Asks only what a command needs: no
 //! introspection, no property cache.
 
-use libvfio::client::{BUS_NAME, ManagerProxy};
+use std::os::unix::net::UnixStream;
+
+use libvfio::client::{BUS_NAME, ManagerProxy, PRIVATE_SOCKET};
 use libvfio::error::ErrorKind;
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use zbus::Message;
 use zbus::connection::Builder;
 use zbus::proxy::CacheProperties;
 use zbus::wire::{DynamicType, Structure, Type};
+use zbus::{Connection, Message};
 
 use crate::json;
 use crate::table::DIM;
@@ -27,7 +30,24 @@ impl Bus {
             Some(address) => Builder::address(address),
             None => Builder::system(),
         };
-        let connection = connection.build().await.map_err(|error| Trouble::no_bus(&error))?;
+        Self::on(connection.build().await.map_err(|error| Trouble::no_bus(&error))?).await
+    }
+
+    /// As [`connect`](Self::connect), or for root straight to the system's daemon if it runs: for
+    /// what only calls the Manager.
+    pub(crate) async fn shortest(address: Option<&str>) -> Result<Self, Trouble> {
+        // Only root can make the socket, so whoever answers there is no stranger.
+        if address.is_none()
+            && geteuid().is_root()
+            && let Ok(stream) = UnixStream::connect(PRIVATE_SOCKET)
+            && let Ok(connection) = Builder::unix_stream(stream).p2p().build().await
+        {
+            return Self::on(connection).await;
+        }
+        Self::connect(address).await
+    }
+
+    async fn on(connection: Connection) -> Result<Self, Trouble> {
         let manager = ManagerProxy::builder(&connection)
             .destination(BUS_NAME)
             .cache_properties(CacheProperties::No)
@@ -36,7 +56,7 @@ impl Bus {
         Ok(Self { manager })
     }
 
-    pub(crate) fn connection(&self) -> &zbus::Connection {
+    pub(crate) fn connection(&self) -> &Connection {
         self.manager.inner().connection()
     }
 

@@ -79,7 +79,7 @@ async fn answer(operation: Operation, address: Option<&str>) -> Result<(), Troub
     if domain.is_empty() {
         return Ok(());
     }
-    let bus = Bus::connect(address).await?;
+    let bus = Bus::shortest(address).await?;
     match operation {
         Operation::Prepare => prepare(&bus, &domain).await,
         Operation::Started | Operation::Reconnect => confirm(&bus, &domain).await,

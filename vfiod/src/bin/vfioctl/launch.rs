@@ -81,7 +81,7 @@ fn known(vmm: Option<Vmm>) -> Result<Vmm, Trouble> {
 
 /// What a dry run of `run` would do; else leases devices and answers what to become.
 pub(crate) async fn run(
-    bus: &Bus,
+    address: Option<&str>,
     args: &RunArgs,
     out: &Output,
 ) -> Result<Result<Launch, ExitCode>, Trouble> {
@@ -105,6 +105,7 @@ pub(crate) async fn run(
         invalid("how much memory the guest has is unclear; give --lock, such as 9G".into())
     })?;
     let devices: Vec<&str> = args.devices.iter().map(String::as_str).collect();
+    let bus = &Bus::shortest(address).await?;
     let Some(tenant) = args.tenant.as_deref().filter(|_| !args.dry_run) else {
         return dry_run(bus, args, vmm, &devices, out).await.map(Err);
     };
@@ -112,13 +113,9 @@ pub(crate) async fn run(
     let lease = bus.manager.list_leases().await?.into_iter().find(|lease| lease.id == id);
     let ended = || Trouble::new(ErrorKind::NotFound, format!("lease {id} ended at once"));
     let lease = lease.ok_or_else(ended)?;
-    let proxy = LeaseProxy::builder(bus.connection())
-        .path(lease_path(&id))
-        .cache_properties(CacheProperties::No)
-        .build()
-        .await?;
     let mut inherited = Vec::new();
     let handed = if vmm.takes_descriptors() && lease.interface.as_deref() == Some("iommufd") {
+        let proxy = proxy(bus, address, &id).await?;
         let mut devices = Vec::new();
         for (name, descriptor) in proxy.open_devices().await? {
             let descriptor = OwnedFd::from(descriptor);
@@ -136,9 +133,20 @@ pub(crate) async fn run(
     };
     // Root's own memory is not limited (`vfio_lock_acct`, CAP_IPC_LOCK).
     if !geteuid().is_root() && !memlock::raise_own(locked)? {
-        proxy.lock_memory(locked).await?;
+        proxy(bus, address, &id).await?.lock_memory(locked).await?;
     }
     Ok(Ok(Launch { command: placed(&args.command, &vmm.arguments(&handed)), inherited }))
+}
+
+/// The lease's own object, which is on the bus.
+async fn proxy(bus: &Bus, address: Option<&str>, id: &str) -> Result<LeaseProxy<'static>, Trouble> {
+    let connection = match bus.connection() {
+        connection if connection.unique_name().is_some() => connection.clone(),
+        _ => Bus::connect(address).await?.connection().clone(),
+    };
+    let proxy =
+        LeaseProxy::builder(&connection).path(lease_path(id)).cache_properties(CacheProperties::No);
+    Ok(proxy.build().await?)
 }
 
 async fn dry_run(

@@ -65,7 +65,7 @@ fn run(mut cli: Cli) -> Result<ExitCode, Trouble> {
 
 async fn launch(cli: &Cli, args: &RunArgs) -> Result<Result<Launch, ExitCode>, Trouble> {
     let address = address(cli.bus.clone());
-    launch::run(&Bus::connect(address.as_deref()).await?, args, &Output::new(cli.json)).await
+    launch::run(address.as_deref(), args, &Output::new(cli.json)).await
 }
 
 /// Not an argument's default, with which a bare `vfioctl` would no longer show its help.
@@ -77,7 +77,9 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
     let out = Output::new(cli.json);
     let address = address(cli.bus);
     let address = address.as_deref();
-    let bus = || Bus::connect(address);
+    let bus = || Bus::shortest(address);
+    // Signals, and objects other than the Manager, are on the bus alone.
+    let whole = || Bus::connect(address);
     match cli.command {
         Command::List(args) => list::run(&bus().await?, &args, &out).await?,
         Command::Show { device } => show::run(&bus().await?, &device, &out).await?,
@@ -98,19 +100,19 @@ async fn answer(cli: Cli) -> Result<ExitCode, Trouble> {
         Command::Quarantine { action } => {
             quarantine::run(&bus().await?, action.as_ref(), &out).await?;
         }
-        Command::Vf { action } => return vf::run(&bus().await?, &action, &out).await,
+        Command::Vf { action } => return vf::run(&whole().await?, &action, &out).await,
         Command::Policy { action: PolicyAction::Reload } => {
             policy::reload(&bus().await?, &out).await?;
         }
         Command::Policy { action } => return policy::run(&action, &out),
         Command::Mdev { action } => mdev::run(&bus().await?, &action, &out).await?,
         Command::Plan => return apply::plan(&bus().await?, &out).await,
-        Command::Apply(args) => return apply::run(&bus().await?, &args, &out).await,
+        Command::Apply(args) => return apply::run(&whole().await?, &args, &out).await,
         Command::Status => return apply::status(&bus().await?, &out).await,
         Command::VerifyBoot => {
             return apply::verify_boot(&bus().await?, &HostRoot::new("/"), &out).await;
         }
-        Command::Monitor => monitor::run(&bus().await?, &out).await?,
+        Command::Monitor => monitor::run(&whole().await?, &out).await?,
         Command::Attach(args) => return attach::run(&bus().await?, &args, &out).await,
         Command::Args(args) => launch::args(&bus().await?, &args, &out).await?,
         Command::LibvirtHook(args) => return hook::run(&args, address).await,
