@@ -13,10 +13,11 @@ use clap::{Parser, Subcommand};
 use libvfio::address::PciAddress;
 use libvfio::client::PRIVATE_SOCKET;
 use libvfio::host::HostRoot;
+use nix::sys::prctl;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::unbounded_channel;
 use tracing::{error, info, warn};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
 use crate::broker::Broker;
@@ -54,7 +55,8 @@ Files:
   *.unreadable                    what was found in place of a lease or of a quarantine
 
 Environment:
-  VFIOD_LOG   what to log: error, warn, info (the default), debug, or tracing's filters
+  VFIOD_LOG   what to log: error, warn, info (the default), debug, or that of parts of the program,
+              as in warn,vfiod::transition=debug
 
 Signals:
   SIGHUP            read the policy anew; one that is wrong leaves the one in force
@@ -136,6 +138,8 @@ impl Args {
 
 /// Runs the daemon until it is told to stop.
 pub fn main(args: &Args) -> anyhow::Result<()> {
+    // A huge page is resident as a whole, whatever of it is used. A kernel without them refuses.
+    let _ = prctl::set_thp_disable(true);
     if let Some(Part::Worker { root }) = &args.part {
         return Ok(worker::serve(root)?);
     }
@@ -299,8 +303,8 @@ fn notify(state: &[sd_notify::NotifyState<'_>]) {
 
 /// To the journal with fields where standard error is the journal, else to standard error.
 fn start_logging() {
-    let level =
-        EnvFilter::try_from_env("VFIOD_LOG").unwrap_or_else(|_| EnvFilter::new("info,zbus=warn"));
+    let level = std::env::var("VFIOD_LOG").ok().and_then(|level| level.parse().ok());
+    let level = level.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let registry = tracing_subscriber::registry().with(level);
     match tracing_journald::layer() {
         Ok(journal) if stderr_is_journal() => {

@@ -295,7 +295,8 @@ impl Broker {
     pub(super) fn strangers(&self, lease: &Lease) -> BTreeSet<PciAddress> {
         let known = self.inventory();
         // Of one that is still there nothing changes by which it is known.
-        let there = |device: &PciAddress| known.get(*device).is_some_and(|f| f.is_there(self.host()));
+        let there =
+            |device: &PciAddress| known.get(*device).is_some_and(|f| f.is_there(self.host()));
         self.refresh(lease.devices.keys().copied().filter(|device| !there(device)));
         let inventory = self.inventory();
         let stranger = |(address, found): (&PciAddress, &crate::lease::Found)| {

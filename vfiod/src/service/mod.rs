@@ -6,6 +6,7 @@ mod device;
 mod group;
 mod lease;
 mod manager;
+mod objects;
 mod private;
 mod publisher;
 mod questions;
@@ -20,7 +21,6 @@ use libvfio::error::ErrorKind;
 use nix::unistd::geteuid;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use zbus::connection::Builder;
-use zbus::fdo::ObjectManager;
 use zbus::message::Header;
 
 use crate::authority::{Action, Authority};
@@ -32,6 +32,7 @@ use device::DeviceObject;
 use group::GroupObject;
 use lease::LeaseObject;
 use manager::ManagerObject;
+use objects::Objects;
 use questions::Questions;
 
 /// The daemon's objects on a connection.
@@ -79,8 +80,7 @@ impl Service {
             server.at(lease_path(&lease.id), object).await?;
         }
         server.at(ROOT_PATH, ManagerObject::new(caller.clone())).await?;
-        // Last, since it announces every object that comes after it.
-        server.at(ROOT_PATH, ObjectManager).await?;
+        server.at(ROOT_PATH, Objects::new(broker.clone())).await?;
         Ok(Self { connection, caller })
     }
 

@@ -15,6 +15,7 @@ use super::device::DeviceObject;
 use super::group::GroupObject;
 use super::lease::LeaseObject;
 use super::manager::{ManagerObject, ManagerObjectSignals};
+use super::objects::Objects;
 use crate::broker::{Change, Property};
 
 /// Runs until the broker is gone.
@@ -23,7 +24,7 @@ pub(super) async fn run(
     caller: Caller,
     mut changes: UnboundedReceiver<Change>,
 ) {
-    let groups = caller.broker.inventory().groups().map(|group| group.number).collect();
+    let groups = members(&caller);
     let mut publisher = Publisher { connection, caller, groups, changed: BTreeMap::new() };
     while let Some(change) = changes.recv().await {
         publisher.take(change).await;
@@ -34,11 +35,18 @@ pub(super) async fn run(
     }
 }
 
+type Groups = BTreeMap<u32, Vec<PciAddress>>;
+
+fn members(caller: &Caller) -> Groups {
+    let inventory = caller.broker.inventory();
+    inventory.groups().map(|group| (group.number, group.members.clone())).collect()
+}
+
 struct Publisher {
     connection: zbus::Connection,
     caller: Caller,
-    /// Numbers of the groups that have an object.
-    groups: BTreeSet<u32>,
+    /// The groups that have an object, with the members that were told.
+    groups: Groups,
     /// What changed of functions and was not told yet: changes in quick succession are one.
     changed: BTreeMap<PciAddress, BTreeSet<Property>>,
 }
@@ -94,11 +102,11 @@ impl Publisher {
                     self.caller.devices.clone(),
                     address,
                 );
-                server.at(device_path(address), object).await?;
+                Objects::add(&self.connection, &device_path(address), object).await?;
                 self.manager().await?.device_added(&address.to_string()).await?;
             }
             Change::DeviceRemoved(address) => {
-                server.remove::<DeviceObject, _>(device_path(address)).await?;
+                Objects::remove::<DeviceObject>(&self.connection, &device_path(address)).await?;
                 self.manager().await?.device_removed(&address.to_string()).await?;
             }
             Change::DeviceChanged(address, properties) => {
@@ -110,17 +118,17 @@ impl Publisher {
             Change::GroupsChanged => self.regroup().await?,
             Change::LeaseAdded(id) => {
                 let object = LeaseObject::new(self.caller.clone(), id.clone());
-                server.at(lease_path(&id), object).await?;
+                Objects::add(&self.connection, &lease_path(&id), object).await?;
                 self.manager().await?.lease_changed(&id, "active", "").await?;
             }
             Change::LeaseChanged { id, state, reason } => {
                 let path = lease_path(&id);
                 if self.caller.broker.lease(&id).is_none() {
-                    server.remove::<LeaseObject, _>(path).await?;
+                    Objects::remove::<LeaseObject>(&self.connection, &path).await?;
                 } else {
                     // A lease that failed before it was active has no object yet.
                     let object = LeaseObject::new(self.caller.clone(), id.clone());
-                    server.at(path.as_str(), object).await?;
+                    Objects::add(&self.connection, &path, object).await?;
                     let object: InterfaceRef<LeaseObject> = server.interface(path).await?;
                     let emitter = object.signal_emitter();
                     object.get().await.state_changed(emitter).await?;
@@ -139,16 +147,18 @@ impl Publisher {
 
     async fn regroup(&mut self) -> zbus::Result<()> {
         let server = self.connection.object_server();
-        let now: BTreeSet<u32> =
-            self.caller.broker.inventory().groups().map(|group| group.number).collect();
-        for gone in self.groups.difference(&now) {
-            server.remove::<GroupObject, _>(group_path(*gone)).await?;
+        let now = members(&self.caller);
+        for gone in self.groups.keys().filter(|number| !now.contains_key(number)) {
+            Objects::remove::<GroupObject>(&self.connection, &group_path(*gone)).await?;
         }
-        for new in now.difference(&self.groups) {
+        for new in now.keys().filter(|number| !self.groups.contains_key(number)) {
             let object = GroupObject::new(self.caller.broker.clone(), *new);
-            server.at(group_path(*new), object).await?;
+            Objects::add(&self.connection, &group_path(*new), object).await?;
         }
-        for kept in now.intersection(&self.groups) {
+        let other = |(number, members): &(&u32, &Vec<PciAddress>)| {
+            self.groups.get(number).is_some_and(|told| told != *members)
+        };
+        for (kept, _) in now.iter().filter(other) {
             let object: InterfaceRef<GroupObject> = server.interface(group_path(*kept)).await?;
             object.get().await.members_changed(object.signal_emitter()).await?;
         }
