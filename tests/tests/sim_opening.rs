@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use libvfio::acl::Acl;
 use libvfio::address::PciAddress;
@@ -74,6 +75,29 @@ fn a_group_is_opened_once_and_keeps_its_lease_until_it_is_closed() {
     drop(opened);
     assert!(eventually(|| broker.lease(&lease.id).is_none()));
     assert_eq!(broker.open_devices(&lease.id).unwrap_err().kind(), Some(ErrorKind::NotFound));
+}
+
+#[test]
+fn whoever_runs_a_machine_is_waited_for_after_its_end() {
+    let (sim, _dir, broker) = start(false);
+    let options = AttachOptions { vm: Some("web".to_owned()), ..AttachOptions::default() };
+    for asks in [true, false] {
+        let lease = attach(&broker, &options).unwrap();
+        let guest = File::open(group_node(&sim, &broker)).unwrap();
+        // By somebody who looks no further than the guest.
+        let busy = broker.release(&lease.id, &ReleaseOptions::default()).unwrap_err();
+        assert_eq!(busy.kind(), Some(ErrorKind::Busy), "{busy}");
+        drop(guest);
+        std::thread::sleep(Duration::from_secs(2));
+        assert_eq!(broker.lease(&lease.id).unwrap().state, State::Releasing);
+        let asked = Instant::now();
+        if asks {
+            let options = ReleaseOptions { wait: true, ..ReleaseOptions::default() };
+            broker.release("web", &options).unwrap();
+            assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+        }
+        assert!(eventually(|| broker.leases().is_empty()), "nobody has asked, and it stays");
+    }
 }
 
 #[test]

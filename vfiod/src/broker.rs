@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use libvfio::address::PciAddress;
 use libvfio::backend::Offer;
@@ -152,6 +153,8 @@ struct Data {
     autoprobe_off: BTreeSet<PciAddress>,
     /// How many are opening nodes of which leases.
     opening: BTreeMap<String, usize>,
+    /// When the end of a lease was last asked for that was ending already.
+    asked: BTreeMap<String, Instant>,
     in_force: InForce,
     /// Leases that something has happened to, until it is clear what.
     judged: BTreeSet<String>,
@@ -224,6 +227,7 @@ impl Broker {
             distrusted: distrusted.devices,
             looked: BTreeMap::new(),
             opening: BTreeMap::new(),
+            asked: BTreeMap::new(),
             judged: BTreeSet::new(),
             autoprobe_off: ledger.autoprobe_off(),
             in_force: InForce::met(met.load()),

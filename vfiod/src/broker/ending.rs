@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
@@ -26,6 +26,8 @@ use crate::transition::{Stopped, Walk};
 const LOOKING: Duration = Duration::from_millis(300);
 /// How long a refusal that nobody explains is left before it is believed.
 const MOMENT: Duration = Duration::from_millis(50);
+/// How long whoever runs a virtual machine may need after its end to be done with its devices.
+const TIDYING: Duration = Duration::from_secs(10);
 /// How long a start waits for what the daemon before it has left.
 const STARTING: Duration = Duration::from_secs(2);
 
@@ -113,6 +115,8 @@ impl Broker {
     /// What can be said of a lease that is on its way, or its end if that is waited for.
     fn await_end(&self, id: &str, wait: bool) -> Result<(), Failure> {
         let mut data = self.data();
+        data.asked.insert(id.to_owned(), Instant::now());
+        self.ended.notify_all();
         loop {
             let Some(lease) = data.leases.get(id).filter(|lease| lease.state.moves()) else {
                 return Ok(());
@@ -208,7 +212,11 @@ impl Broker {
     /// Waits for whoever holds a group of the lease open. Unbinding would block in the kernel until
     /// then, and the guest would lose its device.
     fn await_holders(&self, walk: &Walk<'_>, lease: &mut Lease, early: &dyn Fn(Failure)) {
-        while let Some(who) = self.held(walk, lease) {
+        let mut last = None;
+        loop {
+            let looked = Instant::now();
+            let Some(who) = self.held(walk, lease) else { break };
+            last = Some(looked);
             let reason = format!("{who} open; it ends by itself when that is closed");
             if lease.reason.as_ref() != Some(&reason) {
                 lease.reason = Some(reason.clone());
@@ -220,7 +228,27 @@ impl Broker {
             }
             std::thread::sleep(LOOKING);
         }
+        if let Some(last) = last.filter(|_| lease.vm.is_some()) {
+            let why = "its virtual machine has ended; it ends when whoever ran that asks for it, or in \
+                       a moment";
+            lease.reason = Some(why.to_owned());
+            self.file(lease);
+            self.await_machine(&lease.id, last);
+        }
         lease.reason = None;
+    }
+
+    /// Waits for whoever runs the virtual machine of a lease, which has just ended, to ask for the
+    /// lease's end, too. libvirt resets devices after its domain has let go of them, if a driver of
+    /// the host has them by then: by writes of its own, which leave several functions that only
+    /// their bus resets without addresses (`virPCIDeviceTrySecondaryBusReset`).
+    fn await_machine(&self, id: &str, gone: Instant) {
+        let unasked = |data: &mut Data| data.asked.get(id).is_none_or(|asked| *asked < gone);
+        drop(
+            self.ended
+                .wait_timeout_while(self.data(), TIDYING, unasked)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
     /// Who holds which group of a lease, if somebody does.
@@ -310,6 +338,7 @@ impl Broker {
     pub(super) fn close(&self, mut lease: Lease, failures: &[Stopped], reason: Option<&str>) {
         let reasons: Vec<&str> = lease.failure.as_deref().into_iter().chain(reason).collect();
         lease.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
+        self.data().asked.remove(&lease.id);
         let ended = failures.is_empty() && lease.failure.is_none();
         // First: whoever attaches next plans by how its devices are now, not by a look half way.
         let changes = self.refresh_leased(&lease);
