@@ -101,11 +101,14 @@ pub fn settled(broker: &Arc<Broker>) -> bool {
 /// Waits until something is so; whether it ever was.
 pub fn eventually(mut so: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
+    // What is so at once is mostly so within microseconds.
+    let mut pause = Duration::from_micros(50);
     while !so() {
         if start.elapsed() > Duration::from_secs(20) {
             return false;
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
     }
     true
 }

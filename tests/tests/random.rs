@@ -122,7 +122,7 @@ struct Play {
 
 impl Play {
     fn new() -> Result<Self> {
-        let ground = Ground::new(TRIAL)?;
+        let ground = Ground::small(TRIAL)?;
         let broker = Broker::start(&ground)?;
         Ok(Self { ground, broker, leased: BTreeMap::new() })
     }

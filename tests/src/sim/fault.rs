@@ -118,6 +118,10 @@ impl Faults {
     pub(super) fn disarm(&mut self) {
         self.0.clear();
     }
+
+    pub(super) fn disarm_at(&mut self, device: PciAddress) {
+        self.0.retain(|fault| fault.device != Some(device));
+    }
 }
 
 impl Kernel {

@@ -14,9 +14,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, ReplyXattr, Request,
-    TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use nix::unistd::{getegid, geteuid};
@@ -30,11 +30,11 @@ use super::waiting::Shared;
 /// The file system.
 pub(super) struct Glue {
     shared: Arc<Shared>,
-    inodes: Mutex<Inodes>,
+    inodes: Arc<Mutex<Inodes>>,
     listings: Mutex<Listings>,
     /// Who is root on this host: whoever mounts it.
     owner: (u32, u32),
-    /// Whether devices stay, but for virtual functions, and no write sleeps.
+    /// Whether no write sleeps.
     lasting: bool,
 }
 
@@ -57,14 +57,19 @@ const LIST: &str = "system.posix_acl_access";
 const PAGE: u64 = 4096;
 /// How long the real kernel may believe that something is there, if it can come and go.
 const NO_TIME: Duration = Duration::ZERO;
-/// How long it may believe what never changes: the directories every host has, and everywhere the
-/// kind and mode of what is there.
+/// How long it may believe what never changes, or what it is told the end of: the directories every
+/// host has, those of functions, and everywhere the kind and mode of what is there.
 const ALWAYS: Duration = Duration::from_secs(1 << 30);
 
 impl Glue {
     pub(super) fn new(shared: Arc<Shared>, lasting: bool) -> Self {
         let owner = (geteuid().as_raw(), getegid().as_raw());
-        Self { shared, inodes: Mutex::default(), listings: Mutex::default(), owner, lasting }
+        Self { shared, inodes: Arc::default(), listings: Mutex::default(), owner, lasting }
+    }
+
+    /// The numbers it gives.
+    pub(super) fn numbers(&self) -> Arc<Mutex<Inodes>> {
+        self.inodes.clone()
     }
 
     fn inodes(&self) -> MutexGuard<'_, Inodes> {
@@ -168,9 +173,37 @@ fn attributes(number: u64, entry: &Entry, (uid, gid): (u32, u32)) -> FileAttr {
     }
 }
 
+/// What the real kernel believes is there.
+#[derive(Debug)]
+pub(super) struct Cache {
+    inodes: Arc<Mutex<Inodes>>,
+    notifier: Notifier,
+}
+
+impl Cache {
+    pub(super) fn new(inodes: Arc<Mutex<Inodes>>, notifier: Notifier) -> Self {
+        Self { inodes, notifier }
+    }
+
+    /// Has the real kernel look again at what is at a path, if anything is. Waits for those who do
+    /// that in the same directory now.
+    pub(super) fn forget(&self, path: &str) {
+        let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let above = {
+            let mut inodes = self.inodes.lock().unwrap_or_else(PoisonError::into_inner);
+            inodes.retire(path);
+            inodes.number(above)
+        };
+        if let Some(above) = above {
+            // It fails where the host is being unmounted; then nobody looks any more.
+            let _ = self.notifier.inval_entry(INodeNo(above), OsStr::new(name));
+        }
+    }
+}
+
 impl Filesystem for Glue {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // A kernel that cannot only reads links more often.
+        // A kernel without it asks again each time.
         let _ = config.add_capabilities(InitFlags::FUSE_CACHE_SYMLINKS);
         Ok(())
     }
@@ -179,16 +212,17 @@ impl Filesystem for Glue {
         let found = (|| {
             let path = self.inodes().child(parent.0, name.to_str()?)?;
             let (entry, stays) = self.shared.with(|kernel| {
-                let lasts = || self.lasting && kernel.lasts(&path);
-                Some((kernel.entry(&path)?, kernel.stays(&path) || lasts()))
+                let stays = kernel.stays(&path) || self.lasting && kernel.is_attribute(&path);
+                Some((kernel.entry(&path)?, stays))
             })?;
-            // A link that leads elsewhere later is another one then.
-            let changes = match entry {
-                Entry::File(mode) => mode & 0o222 != 0,
-                Entry::Link(_) => true,
+            // The real kernel lets one writer at a time have an inode, and one that sleeps must not
+            // keep all others out, as it does not in sysfs; and it keeps where an inode's link leads.
+            let fresh = match entry {
+                Entry::File(mode) => !stays && mode & 0o222 != 0,
+                Entry::Link(_) => !stays,
                 Entry::Directory | Entry::Node => false,
             };
-            let number = self.inodes().remember(path, changes && !stays);
+            let number = self.inodes().remember(path, fresh);
             Some((attributes(number, &entry, self.owner), if stays { ALWAYS } else { NO_TIME }))
         })();
         match found {

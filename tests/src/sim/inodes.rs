@@ -36,13 +36,10 @@ impl Inodes {
         Some(if parent.is_empty() { name.into() } else { format!("{parent}/{name}").into() })
     }
 
-    /// Counts a lookup; the number of the path.
-    ///
-    /// What `changes` gets a new number each time: a link, whose target the real kernel keeps, and a
-    /// file that can be written. The real kernel lets one writer at a time have an inode, and one that
-    /// sleeps must not keep all others out, as it does not in sysfs.
-    pub(super) fn remember(&mut self, path: Arc<str>, changes: bool) -> u64 {
-        let known = if changes { None } else { self.numbers.get(&path).copied() };
+    /// Counts a lookup; the number of the path, or one of its own for this lookup if it is to be
+    /// `fresh`.
+    pub(super) fn remember(&mut self, path: Arc<str>, fresh: bool) -> u64 {
+        let known = if fresh { None } else { self.numbers.get(&path).copied() };
         let number = known.unwrap_or_else(|| {
             self.last += 1;
             self.numbers.insert(path.clone(), self.last);
@@ -50,6 +47,16 @@ impl Inodes {
         });
         self.paths.entry(number).or_insert((path, 0)).1 += 1;
         number
+    }
+
+    /// The number of a path that the real kernel may know, which no later lookup gets.
+    pub(super) fn retire(&mut self, path: &str) -> Option<u64> {
+        self.numbers.remove(path)
+    }
+
+    /// The number of a path that the real kernel may know.
+    pub(super) fn number(&self, path: &str) -> Option<u64> {
+        self.numbers.get(path).copied()
     }
 
     /// Takes lookups back; with the last one the path goes.

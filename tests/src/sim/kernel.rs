@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::mediated::Uuid;
+use libvfio::pci::Binding;
 use nix::errno::Errno;
 
 use super::described::{Described, Driver, Function, moved};
@@ -39,6 +40,7 @@ pub struct Kernel {
     pub(super) faults: Faults,
     pub(super) journal: Vec<Written>,
     pub(super) events: Vec<Uevent>,
+    pub(super) gone: Vec<String>,
     space: Space,
     /// The bridge above each bus.
     bridges: BTreeMap<(u32, u8), PciAddress>,
@@ -134,6 +136,7 @@ impl Kernel {
             faults: Faults::default(),
             journal: Vec::new(),
             events: Vec::new(),
+            gone: Vec::new(),
             space: Space::default(),
             host: host.clone(),
         };
@@ -205,6 +208,33 @@ impl Kernel {
     /// Forgets the faults that have not struck.
     pub fn disarm(&mut self) {
         self.faults.disarm();
+    }
+
+    /// Forgets those of one function.
+    pub fn disarm_at(&mut self, device: PciAddress) {
+        self.faults.disarm_at(device);
+    }
+
+    /// Driver and override of every function.
+    pub fn bindings(&self) -> BTreeMap<PciAddress, Binding> {
+        let binding = |device: &Device| {
+            let (driver, driver_override) = (device.driver.clone(), device.driver_override.clone());
+            Binding { driver, driver_override }
+        };
+        self.devices.iter().map(|(address, device)| (*address, binding(device))).collect()
+    }
+
+    /// All that a virtual function was given of what its physical one shares out, in words.
+    pub fn given(&self, address: PciAddress) -> Option<String> {
+        let device = self.devices.get(&address)?;
+        let (physical, index) = device.physical?;
+        let profile = self.devices.get(&physical)?.profiles.get(usize::from(index));
+        Some(format!("{:?}, {profile:?}", device.given))
+    }
+
+    /// The mediated devices there are.
+    pub fn mediated(&self) -> BTreeSet<Uuid> {
+        self.parts.keys().copied().collect()
     }
 
     /// The writes seen so far.
@@ -323,6 +353,12 @@ impl Kernel {
     pub(super) fn remove(&mut self, address: PciAddress) {
         self.announce(Action::Remove, address);
         let Some(device) = self.devices.remove(&address) else { return };
+        self.gone.push(format!("sys/bus/pci/devices/{address}"));
+        self.gone.push(format!("sys/devices/{}", device.path));
+        let root = device.path.split('/').next().unwrap_or_default();
+        if !self.is_root(root) {
+            self.gone.push(format!("sys/devices/{root}"));
+        }
         if let Some(number) = device.group
             && let Some(members) = self.groups.get_mut(&number)
         {

@@ -24,6 +24,7 @@ mod tree;
 mod vendor;
 mod waiting;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +34,8 @@ use anyhow::Context;
 use fuser::{BackgroundSession, Config, MountOption, SessionACL};
 use libvfio::address::PciAddress;
 use libvfio::host::HostRoot;
+use libvfio::mediated::Uuid;
+use libvfio::pci::Binding;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::unistd::{AccessFlags, access, geteuid};
@@ -68,8 +71,8 @@ impl Sim {
         Self::start(host, root, Some(directory), false)
     }
 
-    /// The same where devices neither come nor go, but for virtual functions, and no fault makes a
-    /// write sleep: what is known of a device is not asked again, so that all is faster by far.
+    /// The same where no fault makes a write sleep: then files that can be written are remembered
+    /// too, so that all is faster.
     pub fn mount_lasting(host: &Described) -> anyhow::Result<Self> {
         let directory = TempDir::with_prefix(format!("{}-", host.name))?;
         let root = directory.path().to_owned();
@@ -94,8 +97,11 @@ impl Sim {
         // For others to see a mount of one user takes that user's say in /etc/fuse.conf.
         config.acl = if geteuid().is_root() { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(2);
-        let session = fuser::spawn_mount(fs::Glue::new(shared.clone(), lasting), &root, &config)
+        let glue = fs::Glue::new(shared.clone(), lasting);
+        let numbers = glue.numbers();
+        let session = fuser::spawn_mount(glue, &root, &config)
             .with_context(|| format!("cannot mount on {}: {}", root.display(), remedy()))?;
+        shared.cached_by(fs::Cache::new(numbers, session.notifier()));
         Ok(Self { shared, root, _directory: directory, session: Some(session) })
     }
 
@@ -147,6 +153,21 @@ impl Sim {
     /// Loads a module, as `modprobe` would.
     pub fn load(&self, module: &str) -> Result<(), Errno> {
         self.shared.with(|kernel| kernel.load(module))
+    }
+
+    /// Driver and override of every function, as their files would show them.
+    pub fn bindings(&self) -> BTreeMap<PciAddress, Binding> {
+        self.shared.with(|kernel| kernel.bindings())
+    }
+
+    /// All that a virtual function was given of what its physical one shares out, in words.
+    pub fn given(&self, address: PciAddress) -> Option<String> {
+        self.shared.with(|kernel| kernel.given(address))
+    }
+
+    /// The mediated devices there are.
+    pub fn mediated(&self) -> BTreeSet<Uuid> {
+        self.shared.with(|kernel| kernel.mediated())
     }
 
     /// The writes seen so far.

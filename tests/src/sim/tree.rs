@@ -91,23 +91,32 @@ impl Kernel {
         }
     }
 
-    /// Whether what is at a path was there from the start and will never go.
+    /// Whether what is at a path was there from the start and will never go, or stays what it is
+    /// until its function goes, which is told of by [`take_gone`](Self::take_gone).
     pub(super) fn stays(&self, path: &str) -> bool {
-        self.files.names(path).is_some() || self.files.text(path).is_some()
+        if self.files.names(path).is_some() || self.files.text(path).is_some() {
+            return true;
+        }
+        if let Some((_, device, rest)) = self.device_at(path) {
+            return match rest {
+                "" | "config" | "iommu_group" | "subsystem" | "physfn" => true,
+                name => Attribute::of(device, name).is_some_and(|known| known.mode & 0o222 == 0),
+            };
+        }
+        let is_function = |name: &str| !name.contains('/');
+        path.strip_prefix("sys/bus/pci/devices/").is_some_and(is_function)
+            || path.strip_prefix(DEVICES).is_some_and(is_function)
     }
 
-    /// Whether what is at a path goes only with a device that is no virtual function.
-    pub(super) fn lasts(&self, path: &str) -> bool {
-        let physical = |device: &Device| device.physical.is_none();
-        if let Some((_, device, rest)) = self.device_at(path) {
-            let one = matches!(rest, "" | "config" | "iommu_group");
-            return physical(device) && (one || Attribute::of(device, rest).is_some());
-        }
-        let link = path.strip_prefix("sys/bus/pci/devices/").and_then(|name| self.find(name));
-        match link.and_then(|address| self.devices.get(&address)) {
-            Some(device) => physical(device),
-            None => path.strip_prefix(DEVICES).is_some_and(|root| self.is_root(root)),
-        }
+    /// Paths below the root of functions that went since this was last asked.
+    pub(super) fn take_gone(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.gone)
+    }
+
+    /// Whether what is at a path is an attribute of a function.
+    pub(super) fn is_attribute(&self, path: &str) -> bool {
+        let attribute = |(_, device, rest)| Attribute::of(device, rest).is_some();
+        self.device_at(path).is_some_and(attribute)
     }
 
     /// The names in a directory; `None` if there is no such directory.
@@ -340,7 +349,7 @@ impl Kernel {
         roots.into_iter()
     }
 
-    fn is_root(&self, name: &str) -> bool {
+    pub(super) fn is_root(&self, name: &str) -> bool {
         let bus = |d: &Device| d.path.split_once('/').is_some_and(|(root, _)| root == name);
         self.devices.values().any(bus)
     }

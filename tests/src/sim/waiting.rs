@@ -3,13 +3,14 @@
 //! Decides nothing itself.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::event::Uevent;
+use super::fs::Cache;
 use super::kernel::{Kernel, Stop};
 
 /// A kernel and those who wait for it.
@@ -18,6 +19,8 @@ pub(super) struct Shared {
     kernel: Mutex<State>,
     /// Something was closed, or the simulation ends.
     changed: Condvar,
+    /// What the real kernel believes of this one, once it is mounted.
+    cache: OnceLock<Cache>,
 }
 
 #[derive(Debug)]
@@ -47,14 +50,35 @@ impl State {
 impl Shared {
     pub(super) fn new(kernel: Kernel) -> Self {
         let state = State { kernel, ended: false, let_go: 0, blocked: 0, subscriber: None };
-        Self { kernel: Mutex::new(state), changed: Condvar::new() }
+        Self { kernel: Mutex::new(state), changed: Condvar::new(), cache: OnceLock::new() }
+    }
+
+    /// From now on the real kernel believes what it has seen of functions until they go.
+    pub(super) fn cached_by(&self, cache: Cache) {
+        // There is one mount.
+        let _ = self.cache.set(cache);
     }
 
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Kernel) -> T) -> T {
         let mut state = self.lock();
         let done = act(&mut state.kernel);
-        state.tell();
+        drop(self.tell(state));
         done
+    }
+
+    /// Has the real kernel forget what went, which it may have to ask us for meanwhile, and hands on
+    /// what has happened.
+    fn tell<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let gone = state.kernel.take_gone();
+        if let Some(cache) = self.cache.get().filter(|_| !gone.is_empty()) {
+            drop(state);
+            for path in &gone {
+                cache.forget(path);
+            }
+            state = self.lock();
+        }
+        state.tell();
+        state
     }
 
     /// The events from now on, each as it happens, until the simulation ends.
@@ -98,7 +122,7 @@ impl Shared {
         let mut state = self.lock();
         loop {
             let done = act(&mut state.kernel);
-            state.tell();
+            state = self.tell(state);
             match done {
                 Ok(done) => return Ok(done),
                 Err(Stop::Errno(errno)) => return Err(errno),

@@ -1,5 +1,5 @@
 //! A simulated host with another tenant's lease on it, brokers that come and go, and what must be
-//! so between them. Starts processes; touches its own host and records.
+//! so between them, as the simulated kernel has it. Starts processes; touches its own host and records.
 
 use std::collections::BTreeMap;
 use std::io::{self, Seek};
@@ -8,18 +8,20 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use libvfio::address::PciAddress;
-use libvfio::backend::{self, Offer};
-use libvfio::mediated;
 use libvfio::pci::{Binding, Function, Sriov};
 use tempfile::TempDir;
 use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
 
-use super::{BYSTANDER, NUMBERED, SHAPED};
+use super::{BYSTANDER, GPU, NUMBERED, SHAPED};
 use crate::sim::{Described, Sim, WORKSTATION};
 
 /// A card with virtual functions.
 const CARD: &str = include_str!("card.toml");
+
+/// What [`Ground::small`] has, beside virtual functions.
+const SMALL: [&str; 7] =
+    ["0000:00:00.0", "0000:00:01.0", "0000:00:1d.0", "0000:07:00.0", GPU[0], GPU[1], BYSTANDER];
 
 /// A host, its records, and how it was booted.
 #[derive(Debug)]
@@ -30,7 +32,7 @@ pub struct Ground {
     records: TempDir,
     before: BTreeMap<PciAddress, Binding>,
     /// How [`SHAPED`] was given things.
-    shape: Vec<Offer>,
+    shape: Option<String>,
     /// The other tenant's lease, which nothing may touch.
     bystander: Option<Lease>,
 }
@@ -58,29 +60,44 @@ impl Done {
 impl Ground {
     /// A host where another tenant has a lease, so `vfio-pci` is loaded. `program` is `trial`.
     pub fn new(program: &str) -> Result<Self> {
-        let mut ground = Self::unloaded(program)?;
+        Self::with_bystander(Self::unloaded(program)?)
+    }
+
+    /// The same with no more functions than it takes for [`GPU`](super::GPU), [`VF`](super::VF) and
+    /// [`OTHER_VF`](super::OTHER_VF): a broker that starts there has less to read.
+    pub fn small(program: &str) -> Result<Self> {
+        Self::with_bystander(Self::booted(program, |at| SMALL.contains(&at.to_string().as_str()))?)
+    }
+
+    fn with_bystander(mut ground: Self) -> Result<Self> {
         ensure!(ground.run(&["attach", BYSTANDER, "bob"], 0)?.well, "the bystander has no lease");
         ground.bystander = ground.leases()?.pop();
         // What its attachment has changed stays so.
-        ground.before = ground.bindings()?;
+        ground.before = ground.sim.bindings();
         Ok(ground)
     }
 
     /// A host without any lease, where `vfio-pci` is yet to be loaded.
     pub fn unloaded(program: &str) -> Result<Self> {
+        Self::booted(program, |_| true)
+    }
+
+    fn booted(program: &str, has: impl Fn(PciAddress) -> bool) -> Result<Self> {
         let loaded = "name = \"vfio-pci\"\n";
         ensure!(WORKSTATION.contains(loaded), "the workstation has no vfio-pci");
         let host = WORKSTATION.replace(loaded, &format!("{loaded}loaded = false\n"));
-        let sim = Sim::mount(&Described::parse(&format!("{host}\n{CARD}"))?)?;
+        let mut host = Described::parse(&format!("{host}\n{CARD}"))?;
+        host.functions.retain(|function| has(function.address));
+        let sim = Sim::mount(&host)?;
         let autoprobe = sim.function("0000:07:00.0".parse()?).join("sriov_drivers_autoprobe");
         std::fs::write(autoprobe, "0")?;
         // As the real ones are, in memory.
         let memory = Path::new("/dev/shm");
         let records = if memory.is_dir() { TempDir::new_in(memory)? } else { TempDir::new()? };
         let (program, before) = (program.into(), BTreeMap::new());
-        let shape = backend::offers(&sim.host(), SHAPED.parse()?)?;
+        let shape = sim.given(SHAPED.parse()?);
         let mut ground = Self { sim, program, records, before, shape, bystander: None };
-        ground.before = ground.bindings()?;
+        ground.before = ground.sim.bindings();
         Ok(ground)
     }
 
@@ -106,13 +123,6 @@ impl Ground {
         let mut command = Command::new(&self.program);
         command.arg(self.sim.root()).arg(self.records.path());
         command
-    }
-
-    fn bindings(&self) -> Result<BTreeMap<PciAddress, Binding>> {
-        let host = self.sim.host();
-        let names = host.sys("bus/pci/devices").list()?;
-        let addresses = names.iter().filter_map(|name| name.parse().ok());
-        addresses.map(|at: PciAddress| Ok((at, Binding::read(&host, at)?))).collect()
     }
 
     /// How many virtual functions [`NUMBERED`] has, and whether host drivers are offered new ones.
@@ -149,9 +159,9 @@ impl Ground {
     /// on record; no lease is double, none on its way; all else is untouched. Functions `gone` may
     /// have gone. The leases, but for the bystander's.
     pub fn check(&self, gone: &[PciAddress]) -> Result<Vec<Lease>> {
-        let (leases, now) = (self.others()?, self.bindings()?);
+        let (leases, now) = (self.others()?, self.sim.bindings());
         let mut holders: BTreeMap<PciAddress, &Lease> = BTreeMap::new();
-        let mut made = mediated::devices(&self.sim.host())?;
+        let mut made = self.sim.mediated();
         for lease in &leases {
             match lease.state {
                 State::Active => {}
@@ -162,7 +172,7 @@ impl Ground {
                 ensure!(holders.insert(*device, lease).is_none(), "{device} is leased twice");
             }
             for uuid in lease.mediated.keys() {
-                ensure!(made.remove(uuid).is_some(), "mediated device {uuid} was never made");
+                ensure!(made.remove(uuid), "mediated device {uuid} was never made");
             }
         }
         ensure!(made.is_empty(), "mediated devices are left: {made:?}");
@@ -183,7 +193,7 @@ impl Ground {
         }
         let shaped = SHAPED.parse()?;
         if !holders.contains_key(&shaped) && now.contains_key(&shaped) {
-            let shape = backend::offers(&self.sim.host(), shaped)?;
+            let shape = self.sim.given(shaped);
             ensure!(shape == self.shape, "{SHAPED} is {shape:?}, was {:?}", self.shape);
         }
         Ok(leases)
@@ -202,14 +212,14 @@ impl Ground {
             ensure!(done.well, "cannot remove what there is: {}", done.said);
             ensure!(self.number()? == (0, true), "it is {:?}", self.number()?);
         }
-        let more = self.bindings()?.into_keys().find(|device| !self.before.contains_key(device));
+        let more = self.sim.bindings().into_keys().find(|device| !self.before.contains_key(device));
         ensure!(more.is_none(), "{more:?} is left");
         Ok(())
     }
 
     /// Whether another case may have it. A loaded module stays, and what has gone stays away.
     pub fn is_as_booted(&self) -> bool {
-        let same = self.bindings().is_ok_and(|now| now == self.before);
+        let same = self.sim.bindings() == self.before;
         self.sim.disarm();
         self.bystander.is_some() && same
     }

@@ -1,5 +1,5 @@
 //! What must be so of leases and devices whatever became of the broker, its workers and the kernel.
-//! Looks from outside: at the simulated host's files and at the records, while no broker runs.
+//! Looks from outside: at the simulated kernel and at the records, while no broker is at anything.
 
 mod cases;
 mod ground;
