@@ -140,13 +140,16 @@ pub(crate) fn named(executables: &[PathBuf], name: &str) -> Result<PathBuf> {
 
 /// Runs `cargo build` and returns the executables it made or found fresh.
 fn build(command: &mut Command) -> Result<Vec<PathBuf>> {
+    let messages = messages(command)?;
+    let executables = messages.iter().filter_map(|message| message["executable"].as_str());
+    Ok(executables.map(PathBuf::from).collect())
+}
+
+/// Runs a cargo that builds and returns what it says of each thing that it made or found fresh.
+pub(crate) fn messages(command: &mut Command) -> Result<Vec<Value>> {
     command.arg("--quiet").arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
     let output = start_error(command, Command::output)?;
     ensure!(output.status.success(), "{command:?} ended with {}", output.status);
     let messages = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
-    let mut executables = Vec::new();
-    for message in messages {
-        executables.extend(message?["executable"].as_str().map(PathBuf::from));
-    }
-    Ok(executables)
+    Ok(messages.collect::<Result<_, _>>()?)
 }

@@ -4,6 +4,7 @@
 
 mod bench;
 mod ci;
+mod crates;
 mod deb;
 mod exec;
 mod fuzz;
@@ -56,7 +57,7 @@ enum Chore {
         #[arg(long, value_name = "N", default_value_t = 20)]
         seconds: u32,
     },
-    /// All tests: those of the crates, then every scenario of the lab
+    /// All tests: those of the crates, and beside them every scenario of the lab
     Test,
     /// What continuous integration runs: format, lints, docs, dependencies, all tests
     Ci,

@@ -16,12 +16,12 @@ use clap::Subcommand;
 use vfiod_tests::protocol::{BenchRow, ScenarioInfo};
 
 use crate::{deb, exec, host, progress};
-use session::{Session, Summary};
+use session::Session;
 use vfiod_tests::machine::{Kernel, Purpose};
 use vm::{Console, Payload, Vm};
 
 pub(crate) use selection::Selection;
-pub(crate) use session::Voice;
+pub(crate) use session::{Summary, Voice};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Action {
@@ -73,9 +73,20 @@ pub(crate) fn run(action: Option<&Action>) -> Result<ExitCode> {
 
 /// Runs scenarios in one boot of the lab.
 pub(crate) fn play(selection: Selection<'_>, kernel: Kernel, voice: Voice) -> Result<Summary> {
+    play_beside(selection, kernel, voice, || ())
+}
+
+/// The same; `begun` is called when its machine has started and this thread has a mount namespace of
+/// its own. What others mount before that stays mounted there.
+pub(crate) fn play_beside(
+    selection: Selection<'_>,
+    kernel: Kernel,
+    voice: Voice,
+    begun: impl FnOnce(),
+) -> Result<Summary> {
     let agent = exec::build_agent()?;
     let chosen = selection.choose(&scenarios(&agent)?, kernel)?;
-    boot(agent, kernel, Console::Log, chosen.machine)?.play(&chosen.names, voice)
+    boot(agent, kernel, Console::Log, chosen.machine, begun)?.play(&chosen.names, voice)
 }
 
 /// `cargo xtask demo`.
@@ -100,13 +111,20 @@ pub(crate) fn bench(names: &[&str]) -> Result<Vec<BenchRow>> {
 /// A shell in the lab, on this terminal.
 fn shell() -> Result<ExitCode> {
     let agent = exec::build_agent()?;
-    let session = boot(agent, Kernel::Distribution, Console::Terminal, Purpose::Scenarios)?;
+    let (console, purpose) = (Console::Terminal, Purpose::Scenarios);
+    let session = boot(agent, Kernel::Distribution, console, purpose, || ())?;
     eprintln!("a root shell in the lab; `exit` leaves it");
     session.wait_for_end()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn boot(agent: PathBuf, kernel: Kernel, console: Console, purpose: Purpose) -> Result<Session> {
+fn boot(
+    agent: PathBuf,
+    kernel: Kernel,
+    console: Console,
+    purpose: Purpose,
+    begun: impl FnOnce(),
+) -> Result<Session> {
     host::require_root()?;
     let guest_init = exec::build_guest_init()?;
     let launcher = exec::build_launcher()?;
@@ -115,7 +133,9 @@ fn boot(agent: PathBuf, kernel: Kernel, console: Console, purpose: Purpose) -> R
     let own = (kernel == Kernel::Own).then(kernel::ready).transpose()?;
     let payload = Payload { package, agent, guest_init, launcher };
     progress::step(&format!("booting the lab ({kernel} kernel)"), || {
-        Session::start(Vm::start(&image, own.as_ref(), &payload, console, purpose)?)
+        let vm = Vm::start(&image, own.as_ref(), &payload, console, purpose)?;
+        begun();
+        Session::start(vm)
     })
 }
 
