@@ -64,9 +64,11 @@ impl Ground {
     }
 
     /// The same with no more functions than it takes for [`GPU`](super::GPU), [`VF`](super::VF) and
-    /// [`OTHER_VF`](super::OTHER_VF): a broker that starts there has less to read.
+    /// [`OTHER_VF`](super::OTHER_VF), and where no write is to sleep: brokers have less to read there.
     pub fn small(program: &str) -> Result<Self> {
-        Self::with_bystander(Self::booted(program, |at| SMALL.contains(&at.to_string().as_str()))?)
+        let mut host = Self::described()?;
+        host.functions.retain(|function| SMALL.contains(&function.address.to_string().as_str()));
+        Self::with_bystander(Self::booted(program, Sim::mount_lasting(&host)?)?)
     }
 
     fn with_bystander(mut ground: Self) -> Result<Self> {
@@ -79,16 +81,17 @@ impl Ground {
 
     /// A host without any lease, where `vfio-pci` is yet to be loaded.
     pub fn unloaded(program: &str) -> Result<Self> {
-        Self::booted(program, |_| true)
+        Self::booted(program, Sim::mount(&Self::described()?)?)
     }
 
-    fn booted(program: &str, has: impl Fn(PciAddress) -> bool) -> Result<Self> {
+    fn described() -> Result<Described> {
         let loaded = "name = \"vfio-pci\"\n";
         ensure!(WORKSTATION.contains(loaded), "the workstation has no vfio-pci");
         let host = WORKSTATION.replace(loaded, &format!("{loaded}loaded = false\n"));
-        let mut host = Described::parse(&format!("{host}\n{CARD}"))?;
-        host.functions.retain(|function| has(function.address));
-        let sim = Sim::mount(&host)?;
+        Described::parse(&format!("{host}\n{CARD}"))
+    }
+
+    fn booted(program: &str, sim: Sim) -> Result<Self> {
         let autoprobe = sim.function("0000:07:00.0".parse()?).join("sriov_drivers_autoprobe");
         std::fs::write(autoprobe, "0")?;
         // As the real ones are, in memory.
