@@ -39,6 +39,8 @@ pub enum Reset {
     Skipped,
     /// No: there is no way to, or it was not on VFIO any more.
     Impossible,
+    /// No: the function had gone, or another one is in its place.
+    Gone,
     /// It failed, or the function did not come back well.
     Failed,
 }
@@ -59,6 +61,8 @@ pub enum Scrub {
     Skipped,
     /// No: nothing is known of such memory.
     Unknown,
+    /// No: the function had gone, or another one is in its place.
+    Gone,
     /// It failed, or something else than zeros was there.
     Failed,
 }
@@ -72,6 +76,7 @@ impl Reset {
             Self::None => "none",
             Self::Skipped => "skipped",
             Self::Impossible => "impossible",
+            Self::Gone => "gone",
             Self::Failed => "failed",
         }
     }
@@ -87,6 +92,7 @@ impl Scrub {
             Self::None => "none",
             Self::Skipped => "skipped",
             Self::Unknown => "unknown",
+            Self::Gone => "gone",
             Self::Failed => "failed",
         }
     }
@@ -129,6 +135,19 @@ impl Cleaned {
             Some(_) => Scrub::Zeros,
         };
         Self { device, reset, scrub, weaker: lease.weaker(device) }
+    }
+
+    /// Whether all was done that was to be done to a function that is there.
+    pub fn is_done(&self) -> bool {
+        self.reset != Reset::Failed && self.scrub != Scrub::Failed
+    }
+
+    /// The same where the function has gone: what was left undone has not failed.
+    #[must_use]
+    pub fn of_gone(self) -> Self {
+        let reset = if self.reset == Reset::Failed { Reset::Gone } else { self.reset };
+        let scrub = if self.scrub == Scrub::Failed { Scrub::Gone } else { self.scrub };
+        Self { reset, scrub, ..self }
     }
 
     /// What the bus is told of it.

@@ -5,8 +5,10 @@
 //! A line is not synced: a power loss may take the newest ones, which then shows as if somebody had
 //! taken them out. A crash of the daemon takes none.
 
+mod audit;
 mod chain;
 
+pub use audit::Audit;
 pub use chain::Checked;
 
 use std::collections::VecDeque;

@@ -130,6 +130,11 @@ impl Sim {
         self.shared.with(Kernel::disarm);
     }
 
+    /// Forgets those of one function.
+    pub fn disarm_at(&self, device: PciAddress) {
+        self.shared.with(|kernel| kernel.disarm_at(device));
+    }
+
     /// Whether somebody is blocked for ever.
     pub fn is_blocked(&self) -> bool {
         self.shared.is_blocked()

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 
 use super::leasing::{Late, all, done};
 use super::{Broker, Change, Data, Reply, internal};
-use crate::history::Event;
+use crate::history::{Entry, Event};
 use crate::lease::{Bound, Lease, State};
 use crate::owner::Process;
 use crate::request::ReleaseOptions;
@@ -368,7 +368,9 @@ impl Broker {
     fn dismiss(&self, id: &str) -> Result<(), Failure> {
         self.walker.ledger.remove(id).map_err(Stopped::from).map_err(internal)?;
         if let Some(lease) = self.data().leases.remove(id) {
-            self.note(&lease, Event::Released, "it had failed, and its record was dismissed");
+            let text = "it had failed, and its record was dismissed";
+            // What was done to its devices was told when it ended.
+            self.record(&Entry { cleaned: Vec::new(), ..Entry::of(&lease, Event::Released, text) });
         }
         self.tell(Change::LeaseChanged { id: id.to_owned(), state: "released", reason: None });
         Ok(())
@@ -443,7 +445,7 @@ impl Broker {
 
 /// Whether a function is the one that was leased. Of one that does not answer only what the kernel
 /// remembers can be compared; a reset may bring it back.
-fn is_same(now: &Function, leased: &Identity) -> bool {
+pub(super) fn is_same(now: &Function, leased: &Identity) -> bool {
     let is = Identity::of(now);
     if !now.is_silent() {
         return is == *leased;

@@ -9,9 +9,11 @@ use libvfio::client::{CheckedRecord, Failure, QuarantineRecord};
 use libvfio::error::ErrorKind;
 use tracing::{error, info, warn};
 
+use super::ending::is_same;
 use super::{Broker, Change, Data, Property};
+use crate::cleaned::Cleaned;
 use crate::durable::SetAside;
-use crate::history::{Entry, Event};
+use crate::history::{Audit, Entry, Event};
 use crate::lease::Lease;
 use crate::quarantine::{self, Distrusted};
 use crate::request::{HistoryOptions, check_reason};
@@ -166,28 +168,36 @@ impl Broker {
             options.lease.as_ref().is_none_or(|id| entry.lease.as_ref() == Some(id))
                 && device.is_none_or(|address| entry.devices.contains(&address))
         };
-        let unread =
-            |error| Failure::new(ErrorKind::Internal, format!("cannot read the history: {error}"));
         self.history.read(options.last, wanted).map_err(unread)
     }
 
-    /// Whether that is what was written.
+    /// Whether that is what was written, and whether by it nobody was given what is not clean, not
+    /// trusted or another's.
     pub fn check_history(&self) -> Result<CheckedRecord, Failure> {
-        let checked = self.history.check().map_err(|error| {
-            Failure::new(ErrorKind::Internal, format!("cannot read the history: {error}"))
-        })?;
+        let checked = self.history.check().map_err(unread)?;
+        let entries = self.history.read(usize::MAX, |_| true).map_err(unread)?;
+        let given = Audit::of(&entries).into_faults();
         Ok(CheckedRecord {
             entries: checked.entries,
             first: checked.head.first,
             next: checked.head.next,
             chain: checked.head.chain,
-            faults: checked.faults,
+            faults: checked.faults.into_iter().chain(given).collect(),
         })
     }
 
     /// Puts on record what became of a lease.
     pub(super) fn note(&self, lease: &Lease, event: Event, text: &str) {
-        self.record(&Entry::of(lease, event, text));
+        let inventory = self.inventory();
+        let gone = |device: PciAddress| {
+            let leased = lease.devices.get(&device).map(|found| &found.identity);
+            let now = inventory.get(device);
+            now.is_none_or(|now| leased.is_some_and(|leased| !now.stuck && !is_same(now, leased)))
+        };
+        let mut entry = Entry::of(lease, event, text);
+        let told = |one: Cleaned| if gone(one.device) { one.of_gone() } else { one };
+        entry.cleaned = entry.cleaned.into_iter().map(told).collect();
+        self.record(&entry);
     }
 
     /// Puts on record that files of the daemon were not understood.
@@ -226,6 +236,11 @@ impl Broker {
             warn!(%error, event = entry.event.name(), "cannot write the history");
         }
     }
+}
+
+#[allow(clippy::needless_pass_by_value)] // For `map_err`.
+fn unread(error: std::io::Error) -> Failure {
+    Failure::new(ErrorKind::Internal, format!("cannot read the history: {error}"))
 }
 
 #[allow(clippy::needless_pass_by_value)] // For `map_err`.

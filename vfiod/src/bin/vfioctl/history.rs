@@ -64,6 +64,7 @@ pub(crate) fn cleaning(cleaned: &CleanedRecord) -> String {
         "skipped" => "not reset, by request",
         "none" => "not reset, by the policy",
         "impossible" => "not reset, for want of a way",
+        "gone" => "not reset, for it had gone",
         _ => "its reset failed",
     };
     let scrub = match cleaned.scrub.as_str() {
@@ -73,6 +74,7 @@ pub(crate) fn cleaning(cleaned: &CleanedRecord) -> String {
         "none" => "memory left, by the policy",
         "skipped" => "memory left, by request",
         "unknown" => "no memory known to clear",
+        "gone" => "memory gone with it",
         _ => "clearing its memory failed",
     };
     format!("{} {reset}, {scrub}", cleaned.device)
