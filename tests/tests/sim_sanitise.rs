@@ -8,8 +8,9 @@ use libvfio::error::ErrorKind;
 use libvfio::step::Step;
 use nix::errno::Errno;
 use vfiod::broker::{Asker, Broker};
+use vfiod::history::Event;
 use vfiod::lease::State;
-use vfiod::request::{AttachOptions, ReleaseOptions};
+use vfiod::request::{AttachOptions, HistoryOptions, ReleaseOptions};
 use vfiod_tests::sim::{Damage, Described, Effect, Fault, Operation, Sim};
 use vfiod_tests::trial::{self, Setting};
 
@@ -139,6 +140,102 @@ fn a_device_that_does_not_come_back_well_is_handed_to_nobody() {
     }
 }
 
+/// A worker that hangs at a device holds nobody up but whoever waits for that device, which nobody
+/// else gets; and when it has done it after all, the device is as clean as any.
+#[test]
+fn a_cleaning_that_hangs_wedges_its_lease_alone() {
+    for (device, on, kind) in [
+        (GPU, Operation::Scrub, "scrub"),
+        (GPU, Operation::Reset, "reset"),
+        (NIC, Operation::Reset, "reset"),
+    ] {
+        let case = format!("{on:?} of {device}");
+        let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+        let setting = Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), dir.path());
+        let broker = Setting { deadlines: vec![format!("{kind}=1")], ..setting }.start().unwrap();
+        let lease = trial::attach(&broker, device, "alice").unwrap();
+        arm(&sim, on, device, Effect::BlockForever);
+        let failure = release(&broker, &lease.id).expect_err(&case);
+        assert_eq!(failure.kind(), Some(ErrorKind::Wedged), "{case}: {failure}");
+        let refused = trial::attach(&broker, device, "bob").expect_err(&case);
+        assert_eq!(refused.kind(), Some(ErrorKind::Wedged), "{case}: {refused}");
+        let other = if device == NIC { GPU } else { NIC };
+        let others = trial::attach(&broker, other, "bob").unwrap();
+        release(&broker, &others.id).unwrap();
+        sim.let_go();
+        assert!(trial::eventually(|| broker.leases().is_empty()), "{case}: {:?}", broker.leases());
+        assert!(trial::settled(&broker) && broker.quarantines().is_empty(), "{case}");
+        if device == GPU {
+            assert!(!soiled(&sim).contains(GPU), "{case}: something is left");
+        }
+        trial::attach(&broker, device, "bob").unwrap();
+    }
+}
+
+/// Wherever the daemon is killed while it takes a device back, the next one ends what it was at, and
+/// the history says how before anybody else gets the device.
+#[test]
+fn wherever_the_daemon_is_killed_in_a_release_the_next_tenant_gets_a_clean_device() {
+    let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+    let trial = |what: &[&str], crash: u32| {
+        let mut broker = std::process::Command::new(env!("CARGO_BIN_EXE_trial"));
+        broker.arg(sim.root()).arg(dir.path()).args(what);
+        broker.env("VFIOD_CRASH_AT", crash.to_string()).stderr(std::process::Stdio::null());
+        broker.status().unwrap()
+    };
+    let mut killed = 0;
+    for crash in 1.. {
+        assert!(trial(&["attach", GPU, "alice"], 0).success(), "before kill {crash}");
+        let ended = trial(&["release", GPU], crash);
+        if ended.success() {
+            break;
+        }
+        assert_eq!(ended.code(), None, "kill {crash}: it was not killed");
+        killed += 1;
+        assert!(trial(&["recover"], 0).success(), "after kill {crash}");
+        // One that had begun ends as failed; one that had not is still the tenant's.
+        assert!(trial(&["release", GPU], 0).success(), "after kill {crash}");
+        assert!(!soiled(&sim).contains(GPU), "kill {crash}: something is left");
+    }
+    assert!(killed > 30, "killed at {killed} places only");
+    let history = vfiod::history::History::open(&dir.path().join("state"));
+    assert_eq!(history.check().unwrap().faults, [""; 0]);
+    let entries = history.read(usize::MAX, |_| true).unwrap();
+    let audit = vfiod::history::Audit::of(&entries);
+    assert_eq!((audit.faults(), audit.handed()), (&[][..], 2 * (killed + 1)));
+}
+
+#[test]
+fn a_device_that_reports_uncorrectable_errors_goes_to_nobody_else_and_it_is_known_why() {
+    for (fatal, word) in [(true, "2 CmpltAbrt (fatal)"), (false, "2 CmpltAbrt (non-fatal)")] {
+        let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
+        let broker = daemon(&sim, dir.path());
+        // What was before a lease is nothing of its tenant's.
+        sim.report_error(at(NIC), fatal).unwrap();
+        trial::attach(&broker, NIC, "alice").unwrap();
+        drop(broker);
+        let broker = daemon(&sim, dir.path());
+        release(&broker, NIC).unwrap();
+        assert!(broker.quarantines().is_empty());
+        trial::attach(&broker, NIC, "alice").unwrap();
+        sim.report_error(at(NIC), fatal).unwrap();
+        sim.report_error(at(NIC), fatal).unwrap();
+        drop(broker);
+        let broker = daemon(&sim, dir.path());
+        release(&broker, NIC).unwrap();
+        let reason = broker.quarantine_of(at(NIC)).expect("it is in quarantine");
+        assert!(reason.contains(word) && reason.contains("alice"), "{reason}");
+        let refused = trial::attach(&broker, NIC, "bob").unwrap_err();
+        assert_eq!(refused.kind(), Some(ErrorKind::Quarantined), "{refused}");
+        let history = broker.history(&HistoryOptions { last: 9, ..Default::default() }).unwrap();
+        let told = |event| history.iter().any(|e| e.event == event && e.text.contains(word));
+        assert!(told(Event::Quarantined) && told(Event::Released), "{history:#?}");
+        assert_eq!(broker.check_history().unwrap().faults, [""; 0]);
+        assert!(broker.clear_quarantine(NIC, 0).unwrap());
+        trial::attach(&broker, NIC, "bob").unwrap();
+    }
+}
+
 #[test]
 fn a_lease_that_was_cut_short_while_cleaning_is_cleaned_by_the_next_daemon() {
     let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
@@ -236,7 +333,7 @@ fn who_takes_the_risk_has_it_on_record() {
         has_had(&broker, tenant).unwrap();
     }
     assert!(broker.quarantines().is_empty());
-    let entries = broker.history(&vfiod::request::HistoryOptions::default()).unwrap();
+    let entries = broker.history(&HistoryOptions::default()).unwrap();
     let weaker = |entry: &vfiod::history::Entry| entry.cleaned.first()?.weaker.clone();
     let weaker: Vec<String> = entries.iter().filter_map(weaker).collect();
     assert_eq!(weaker.len(), 3, "{weaker:?}");

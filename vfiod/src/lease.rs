@@ -8,6 +8,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::{CareRecord, LeaseRecord, StepRecord};
 use libvfio::inventory::Inventory;
 use libvfio::mediated::{TypeName, Uuid};
+use libvfio::pci::aer::Errors;
 use libvfio::pci::{Binding, Identity};
 use libvfio::plan::{self, Care};
 use libvfio::policy::Resets;
@@ -148,6 +149,9 @@ pub struct Found {
     pub identity: Identity,
     /// Its driver and override.
     pub before: Binding,
+    /// What errors it had reported when its tenant got it.
+    #[serde(default, skip_serializing_if = "Errors::is_empty")]
+    pub errors: Errors,
 }
 
 /// A step and what came of it.

@@ -1,6 +1,7 @@
 //! PCI functions as the kernel shows them. Reads one function's sysfs directory through
 //! [`crate::host`]; never writes, and never fails: what cannot be read is listed as a problem.
 
+pub mod aer;
 pub mod class;
 pub mod config;
 

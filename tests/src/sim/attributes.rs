@@ -19,7 +19,7 @@ pub(super) struct Attribute {
 }
 
 /// Everything but `config`, which is no text.
-pub(super) const ATTRIBUTES: [Attribute; 30] = [
+pub(super) const ATTRIBUTES: [Attribute; 32] = [
     read_only("vendor", all, |_, d| format!("0x{:04x}\n", d.description.id.vendor)),
     read_only("device", all, |_, d| format!("0x{:04x}\n", d.description.id.device)),
     read_only("subsystem_vendor", all, |_, d| format!("0x{:04x}\n", d.description.board.vendor)),
@@ -66,6 +66,8 @@ pub(super) const ATTRIBUTES: [Attribute; 30] = [
         let msix = d.description.sriov.as_ref().and_then(|sriov| sriov.msix);
         format!("{}\n", msix.filter(|_| d.driver.is_some()).map_or(0, |msix| msix.total))
     }),
+    read_only("aer_dev_fatal", is_express, |_, d| errors(d.errors[0], "FATAL")),
+    read_only("aer_dev_nonfatal", is_express, |_, d| errors(d.errors[1], "NONFATAL")),
     write_only("sriov_vf_msix_count", |d| d.physical.is_some()),
     read_only(
         "max_link_speed",
@@ -111,6 +113,16 @@ fn all(_: &Device) -> bool {
 
 fn is_bridge(device: &Device) -> bool {
     device.description.bus.is_some()
+}
+
+/// Whoever speaks PCI Express has Advanced Error Reporting here.
+fn is_express(device: &Device) -> bool {
+    device.description.express.is_some()
+}
+
+/// `aer_dev_fatal_show` and its like (`drivers/pci/pcie/aer.c`), of the kinds that are known here.
+fn errors(count: u64, total: &str) -> String {
+    format!("Undefined 0\nTLP 0\nCmpltAbrt {count}\nUnsupReq 0\nTOTAL_ERR_{total} {count}\n")
 }
 
 fn is_physical(device: &Device) -> bool {

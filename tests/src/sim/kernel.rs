@@ -74,6 +74,8 @@ pub(super) struct Device {
     pub(super) unbind_lock: bool,
     /// Somebody may have left something in its memory.
     pub(super) soiled: bool,
+    /// How many errors it has reported that nobody could correct, fatal ones first.
+    pub(super) errors: [u64; 2],
     /// What a reset has made of it.
     pub(super) damage: Option<Damage>,
     /// What it has of what its physical function shares out.
@@ -215,6 +217,13 @@ impl Kernel {
         self.faults.disarm_at(device);
     }
 
+    /// Has a function report an error that nobody can correct.
+    pub fn report_error(&mut self, address: PciAddress, fatal: bool) -> Result<(), Errno> {
+        let device = self.devices.get_mut(&address).ok_or(Errno::ENODEV)?;
+        device.errors[usize::from(!fatal)] += 1;
+        Ok(())
+    }
+
     /// Driver and override of every function.
     pub fn bindings(&self) -> BTreeMap<PciAddress, Binding> {
         let binding = |device: &Device| {
@@ -328,6 +337,7 @@ impl Kernel {
             power_control: "on".into(),
             unbind_lock: false,
             soiled: false,
+            errors: [0; 2],
             damage: None,
             given: Given::with(description.vectors),
             profiles: vec![

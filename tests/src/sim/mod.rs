@@ -155,6 +155,11 @@ impl Sim {
         self.shared.with(|kernel| kernel.unplug(address))
     }
 
+    /// Has a function report an error that nobody can correct.
+    pub fn report_error(&self, address: PciAddress, fatal: bool) -> Result<(), Errno> {
+        self.shared.with(|kernel| kernel.report_error(address, fatal))
+    }
+
     /// Loads a module, as `modprobe` would.
     pub fn load(&self, module: &str) -> Result<(), Errno> {
         self.shared.with(|kernel| kernel.load(module))

@@ -9,6 +9,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::holders;
+use libvfio::pci::aer::Errors;
 use libvfio::pci::{Function, Identity, Ids};
 use libvfio::step::{Cause, Step};
 use nix::errno::Errno;
@@ -182,6 +183,7 @@ impl Broker {
         self.await_openings(&lease.id);
         self.await_holders(&walk, &mut lease, early);
         let strangers = self.strangers(&lease);
+        let errors = self.distrust_failing(&lease, &strangers);
         let failures = walk.backward(&mut lease, &strangers);
         self.distrust_unclean(&lease, &failures);
         self.keep_for_tenant(&lease);
@@ -195,8 +197,10 @@ impl Broker {
         );
         let message = (!failures.is_empty()).then(|| all(&failures));
         let why = lease.failure.as_deref().into_iter().chain(message.as_deref());
-        let why = why.collect::<Vec<_>>().join("; ");
-        self.note(&lease, if why.is_empty() { Event::Released } else { Event::Failed }, &why);
+        let why: Vec<&str> = why.collect();
+        let event = if why.is_empty() { Event::Released } else { Event::Failed };
+        let why = why.into_iter().chain(errors.iter().map(String::as_str)).collect::<Vec<_>>();
+        self.note(&lease, event, &why.join("; "));
         let id = lease.id.clone();
         let kind = failures.first().map_or(ErrorKind::Internal, Stopped::kind);
         self.close(lease, &failures, message.as_deref());
@@ -319,6 +323,29 @@ impl Broker {
         }
     }
 
+    /// Keeps those from leases to come that have reported errors nobody could correct since their
+    /// tenant got them; says which and what. Asked before they are cleaned, for a reset makes some
+    /// cards report what is nobody's fault.
+    fn distrust_failing(&self, lease: &Lease, strangers: &BTreeSet<PciAddress>) -> Vec<String> {
+        // What the daemon does for itself is no tenant's, and one that was never whole was nobody's.
+        let used = lease.forward.iter().all(|recorded| recorded.outcome.is_some());
+        if !used || lease.task.is_some() {
+            return Vec::new();
+        }
+        let mut told = Vec::new();
+        for (device, found) in lease.devices.iter().filter(|(d, _)| !strangers.contains(d)) {
+            let errors = Errors::read(self.host(), *device).since(&found.errors);
+            if !errors.is_empty() {
+                let errors = errors.join(", ");
+                let tenant = &lease.tenant;
+                let reason = format!("uncorrectable errors while {tenant} had {device}: {errors}");
+                self.quarantine_devices([*device], &reason);
+                told.push(reason);
+            }
+        }
+        told
+    }
+
     /// Devices at a lease's addresses that are not the lease's.
     pub(super) fn strangers(&self, lease: &Lease) -> BTreeSet<PciAddress> {
         let known = self.inventory();
@@ -420,6 +447,7 @@ impl Broker {
         self.data().leases.insert(lease.id.clone(), lease.clone());
         self.await_holders(&walk, &mut lease, &|_| {});
         let strangers = self.strangers(&lease);
+        let errors = self.distrust_failing(&lease, &strangers);
         let failures = walk.backward(&mut lease, &strangers);
         self.renumbered_back(&lease);
         self.distrust_unclean(&lease, &failures);
@@ -428,7 +456,8 @@ impl Broker {
         if !failures.is_empty() {
             reason = format!("{reason}; {}", all(&failures));
         }
-        self.note(&lease, Event::Recovered, &reason);
+        let told: Vec<String> = std::iter::once(reason.clone()).chain(errors).collect();
+        self.note(&lease, Event::Recovered, &told.join("; "));
         self.close(lease, &failures, Some(&reason));
     }
 

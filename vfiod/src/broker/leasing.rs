@@ -9,6 +9,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use libvfio::pci::Identity;
+use libvfio::pci::aer::Errors;
 use libvfio::plan::{Plan, Refusal, Request};
 use libvfio::step::Step;
 use tracing::{error, info, warn};
@@ -192,7 +193,10 @@ impl Broker {
     /// Only what is on record is active.
     fn activate(&self, lease: &mut Lease) -> Result<(), Stopped> {
         let interface = self.interface(lease);
-        let active = Lease { state: State::Active, interface, ..lease.clone() };
+        let mut active = Lease { state: State::Active, interface, ..lease.clone() };
+        for (device, found) in &mut active.devices {
+            found.errors = Errors::read(self.host(), *device);
+        }
         self.walker.ledger.write(&active)?;
         self.data().leases.insert(active.id.clone(), active.clone());
         *lease = active;
@@ -288,7 +292,8 @@ fn bound(
 pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
     let found = |(address, before): (&PciAddress, &_)| {
         let function = data.inventory.get(*address)?;
-        Some((*address, Found { identity: Identity::of(function), before: Clone::clone(before) }))
+        let (identity, before) = (Identity::of(function), Clone::clone(before));
+        Some((*address, Found { identity, before, errors: Errors::default() }))
     };
     Ok(Lease {
         id: new_id(&data.leases).map_err(internal)?,

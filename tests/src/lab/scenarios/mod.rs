@@ -8,6 +8,7 @@ mod demo;
 mod descriptors;
 mod device_nodes;
 mod dma;
+mod errors;
 mod leak;
 mod libvirt;
 mod life;
@@ -109,6 +110,11 @@ const SCENARIOS: &[Scenario] = &[
     scenario("owners", "leases end with their process or connection", survival::owners),
     scenario("drift", "others change what a lease holds", survival::drift),
     scenario("killed", "the daemon is killed in attaching, and beside a guest", survival::killed),
+    scenario(
+        "uncorrectable",
+        "a leased device reports an error that nobody can correct",
+        errors::uncorrectable,
+    ),
     scenario("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
     scenario("descriptors", "who may open what is leased, and for how long", descriptors::run),
     scenario("run", "an ordinary user's guest with a GPU, and all that can be killed", run::run),
