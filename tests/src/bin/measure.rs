@@ -1,9 +1,10 @@
-//! `measure`: what numbers of functions cost, on simulated hosts of a hundred and of ten thousand.
-//! Prints benchmark rows as JSON. Starts daemons on buses of their own; touches no device.
+//! `measure`: what numbers of functions cost, on simulated hosts: of a hundred and of ten thousand to
+//! know, and of one and of eight to clean. Prints benchmark rows as JSON. Starts daemons on buses of their own; touches no device.
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use libvfio::client::ManagerProxy;
 use libvfio::inventory::Inventory;
 use vfiod_tests::protocol::{BenchRow, median};
 use vfiod_tests::session::Session;
@@ -14,9 +15,13 @@ const FEW: u16 = 100;
 const MANY: u16 = 10_000;
 /// Looks at one function.
 const LOOKS: usize = 500;
+/// Functions that are cleaned at once.
+const AT_ONCE: usize = 8;
+/// Times that they are.
+const CLEANINGS: usize = 15;
 
 fn main() -> Result<()> {
-    let rows = [refresh()?, memory()?];
+    let rows = [refresh()?, memory()?, cleaning()?];
     println!("{}", serde_json::to_string(&rows)?);
     Ok(())
 }
@@ -47,6 +52,49 @@ fn memory() -> Result<BenchRow> {
     let many = resident(MANY)?;
     let thousands = f64::from(MANY - FEW) / 1000.0;
     Ok(BenchRow::of("resident-per-1000", "MiB", &[(many - few) / thousands]))
+}
+
+/// The end of eight leases at once beside that of one, where the kernel takes as long for a reset as
+/// a real one, a tenth of a second each.
+fn cleaning() -> Result<BenchRow> {
+    let few = SCALE.replace("count = 200", "count = 1");
+    let session = Session::of_many_users(&few.replace("[kernel]\n", "[kernel]\ndelays = 1.0\n"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let connection = session.connect().await;
+        let manager = ManagerProxy::new(&connection).await?;
+        let devices = manager.list_devices([].into()).await?;
+        let mut devices = devices.into_iter().filter(|device| device.physical_function.is_some());
+        let devices: Vec<String> = devices.by_ref().take(AT_ONCE).map(|d| d.address).collect();
+        let (mut one, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..CLEANINGS {
+            one.push(released(&manager, &devices[..1]).await?);
+            all.push(released(&manager, &devices).await?);
+        }
+        let mut row = BenchRow::of("release-8-at-once", "ms", &all);
+        row.peer_ratios.insert("release-1".to_owned(), row.median / median(&one));
+        Ok(row)
+    })
+}
+
+/// How many milliseconds the ends of leases take that are asked for at once, one for each device.
+async fn released(manager: &ManagerProxy<'_>, devices: &[String]) -> Result<f64> {
+    for device in devices {
+        manager.attach(&[device], "tenant", [].into()).await?;
+    }
+    let start = Instant::now();
+    let mut ends = tokio::task::JoinSet::new();
+    for device in devices {
+        let (connection, device) = (manager.inner().connection().clone(), device.clone());
+        ends.spawn(async move {
+            let manager = ManagerProxy::new(&connection).await?;
+            manager.release(&device, [].into()).await
+        });
+    }
+    while let Some(end) = ends.join_next().await {
+        ensure!(end??.len() == 1, "a device had no lease");
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
 fn resident(functions: u16) -> Result<f64> {
