@@ -63,6 +63,11 @@ impl Ground {
         Self::with_bystander(Self::unloaded(program)?)
     }
 
+    /// The same where devices stay, and no write is to sleep ([`Sim::mount_lasting`]).
+    pub fn lasting(program: &str) -> Result<Self> {
+        Self::with_bystander(Self::booted(program, Sim::mount_lasting(&Self::described()?)?)?)
+    }
+
     /// The same with no more functions than it takes for [`GPU`](super::GPU), [`VF`](super::VF) and
     /// [`OTHER_VF`](super::OTHER_VF), and where no write is to sleep: brokers have less to read there.
     pub fn small(program: &str) -> Result<Self> {
