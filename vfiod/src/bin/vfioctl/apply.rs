@@ -126,8 +126,9 @@ async fn boot(bus: &Bus, out: &Output) -> Result<ExitCode, Trouble> {
         print("there is no policy\n")?;
         return Ok(ExitCode::SUCCESS);
     }
-    // Whoever makes virtual functions needs its driver, which is loaded by now or on its way.
-    let settled = tokio::time::timeout(within(limit), settle(within(limit))).await;
+    // Whoever makes virtual functions needs its driver, which is loaded by now or on its way. Half of
+    // the time is left for the policy, whatever udev is at.
+    let settled = tokio::time::timeout(within(limit / 2), settle(within(limit / 2))).await;
     if settled.is_err() {
         anstream::eprintln!("{WARN}udev has not settled; going on without{WARN:#}");
     }
