@@ -1,11 +1,17 @@
 //! `measure`: what numbers of functions cost, on simulated hosts: of a hundred and of ten thousand to
-//! know, and of one and of eight to clean. Prints benchmark rows as JSON. Starts daemons on buses of their own; touches no device.
+//! know, of one and of eight to clean, and of a thousand to name in a policy. Prints benchmark rows as
+//! JSON: all, or that of `inventory`, `memory`, `cleaning` or `compile`. Starts daemons on buses of
+//! their own; touches no device.
 
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use libvfio::client::ManagerProxy;
 use libvfio::inventory::Inventory;
+use libvfio::pci::Identity;
+use libvfio::policy::{self, Assignment, Facts, Policy, Source};
 use vfiod_tests::protocol::{BenchRow, median};
 use vfiod_tests::session::Session;
 use vfiod_tests::sim::{Described, SCALE, Sim};
@@ -19,9 +25,19 @@ const LOOKS: usize = 500;
 const AT_ONCE: usize = 8;
 /// Times that they are.
 const CLEANINGS: usize = 15;
+/// Functions of the host whose policy is compiled, and how often that is done.
+const NAMED: u16 = 1000;
+const COMPILATIONS: usize = 20;
 
 fn main() -> Result<()> {
-    let rows = [refresh()?, memory()?, cleaning()?];
+    let rows = match std::env::args().nth(1).as_deref() {
+        None => vec![refresh()?, memory()?, cleaning()?, compile()?],
+        Some("inventory") => vec![refresh()?],
+        Some("memory") => vec![memory()?],
+        Some("cleaning") => vec![cleaning()?],
+        Some("compile") => vec![compile()?],
+        Some(other) => bail!("there are inventory, memory, cleaning and compile, and no {other}"),
+    };
     println!("{}", serde_json::to_string(&rows)?);
     Ok(())
 }
@@ -44,6 +60,36 @@ fn looks(functions: u16) -> Result<Vec<f64>> {
         start.elapsed().as_secs_f64() * 1e6
     };
     Ok((0..LOOKS).map(|_| look()).collect())
+}
+
+/// A policy that names each of a thousand functions by its address, from its text to udev's rules:
+/// our own work, beside the look at the host that it takes.
+fn compile() -> Result<BenchRow> {
+    let sim = Sim::mount(&Described::scaled(NAMED)?)?;
+    let (mut scans, mut own) = (Vec::new(), Vec::new());
+    for _ in 0..COMPILATIONS {
+        let start = Instant::now();
+        let inventory = Inventory::scan(&sim.host())?;
+        let facts = Facts::read(&sim.host())?;
+        scans.push(start.elapsed().as_secs_f64() * 1e3);
+        let functions = || inventory.functions().filter(|f| !f.is_bridge());
+        // What has a serial number is asked for by the rules, which are short then.
+        let met = |f| Identity { serial: None, ..Identity::of(f) };
+        let known: BTreeMap<_, _> = functions().map(|f| (f.address, met(f))).collect();
+        let mut text = String::from("[pool.all]\nmode = 'passthrough'\nselect = [\n");
+        functions().try_for_each(|f| writeln!(text, "    {{ address = '{}' }},", f.address))?;
+        let source = Source { name: "measured".to_owned(), text: text + "]\n" };
+        let start = Instant::now();
+        let policy = Policy::parse(&[source]).map_err(|problems| anyhow!("{problems}"))?;
+        let assignment = Assignment::new(&policy, &inventory, &facts);
+        let rules = policy::rules(&policy, &facts, &known, &inventory.vfio_aliases);
+        own.push(start.elapsed().as_secs_f64() * 1e3);
+        ensure!(assignment.members().count() == known.len(), "not all are in the pool");
+        ensure!(rules.matches("KERNEL==").count() == known.len(), "not all are in the rules");
+    }
+    let mut row = BenchRow::of("compile-1000", "ms", &own);
+    row.peer_ratios.insert("inventory".to_owned(), row.median / median(&scans));
+    Ok(row)
 }
 
 /// What a thousand functions take of the daemon's memory, all their objects on the bus included.
