@@ -49,14 +49,16 @@ pub(crate) fn replace_for_all(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// crash may leave `previous` alone.
 pub(crate) fn replace_keeping(path: &Path, previous: &Path, bytes: &[u8]) -> io::Result<()> {
     crash::point("before a record is written");
-    if !path.exists() && !previous.exists() {
-        fs::rename(draft(path, bytes)?.path, previous)?;
-        crash::point("after the first record's spare was written");
-    }
-    let Draft { path: draft, on_disk } = draft(path, bytes)?;
+    let mut new = draft(path, bytes)?;
     crash::point("before the record is kept");
-    // There may be nothing to keep; and a file without a spare is better than none.
-    let _ = fs::rename(path, previous);
+    // A file without a spare is better than none.
+    let kept = fs::rename(path, previous);
+    if kept.is_err_and(|e| e.kind() == io::ErrorKind::NotFound) && !previous.exists() {
+        fs::rename(new.path, previous)?;
+        crash::point("after the first record's spare was written");
+        new = draft(path, bytes)?;
+    }
+    let Draft { path: draft, on_disk } = new;
     crash::point("before the draft becomes the record");
     fs::rename(draft, path)?;
     if on_disk {

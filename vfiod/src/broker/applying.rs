@@ -112,7 +112,7 @@ impl Broker {
             let (devices, steps) = (unit.devices.clone(), unit.steps.clone());
             let plan = Plan { devices, steps, ..Plan::default() };
             let task = format!("policy: {} {}", lead.device, unit.wanted);
-            let lease = Lease { owner: user, task: Some(task), ..new_lease(&data, &plan)? };
+            let lease = Lease { owner: user, task: Some(task), ..new_lease(&data, &plan) };
             data.leases.insert(lease.id.clone(), lease.clone());
             (unit, lease)
         };

@@ -109,7 +109,7 @@ fn reset_of(data: &mut Data, device: PciAddress, by: u32) -> Result<Lease, Failu
     let bindings = touched.filter_map(|a| Some((a, inventory.get(a)?.binding())));
     let plan = Plan { devices: bindings.collect(), steps, ..Plan::default() };
     let task = format!("a reset of {device}");
-    let lease = Lease { owner: by, task: Some(task), ..new_lease(data, &plan)? };
+    let lease = Lease { owner: by, task: Some(task), ..new_lease(data, &plan) };
     data.leases.insert(lease.id.clone(), lease.clone());
     Ok(lease)
 }

@@ -1,20 +1,19 @@
 //! Making leases.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{self, Read};
 use std::sync::Arc;
 
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
+use libvfio::mediated::Uuid;
 use libvfio::pci::Identity;
 use libvfio::pci::aer::Errors;
 use libvfio::plan::{Plan, Refusal, Request};
 use libvfio::step::Step;
 use tracing::{error, info, warn};
 
-use super::{Around, Broker, Change, Data, Property, Reply, internal, plan_within};
+use super::{Around, Broker, Change, Data, Property, Reply, plan_within};
 use crate::crash;
 use crate::history::{self, Event};
 use crate::lease::{Bound, Found, Lease, Recorded, Skipped, State};
@@ -141,7 +140,7 @@ impl Broker {
             owner: wanted.user,
             bound: wanted.bound.clone(),
             skipped: Skipped { reset: false, scrub: wanted.options.no_scrub },
-            ..new_lease(&data, &plan)?
+            ..new_lease(&data, &plan)
         };
         data.leases.insert(lease.id.clone(), lease.clone());
         Ok(Ok(lease))
@@ -289,14 +288,14 @@ fn bound(
     Ok((Some(process), Some(bound)))
 }
 
-pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
+pub(super) fn new_lease(data: &Data, plan: &Plan) -> Lease {
     let found = |(address, before): (&PciAddress, &_)| {
         let function = data.inventory.get(*address)?;
         let (identity, before) = (Identity::of(function), Clone::clone(before));
         Some((*address, Found { identity, before, errors: Errors::default() }))
     };
-    Ok(Lease {
-        id: new_id(&data.leases).map_err(internal)?,
+    Lease {
+        id: new_id(&data.leases),
         tenant: String::new(),
         vm: None,
         owner: 0,
@@ -313,17 +312,15 @@ pub(super) fn new_lease(data: &Data, plan: &Plan) -> Result<Lease, Failure> {
         mediated: plan.mediated.clone(),
         forward: Recorded::todo(plan.steps.iter().cloned()),
         backward: Vec::new(),
-    })
+    }
 }
 
-fn new_id(taken: &BTreeMap<String, Lease>) -> io::Result<String> {
-    let mut random = File::open("/dev/urandom")?;
+fn new_id(taken: &BTreeMap<String, Lease>) -> String {
     loop {
-        let mut bytes = [0u8; 4];
-        random.read_exact(&mut bytes)?;
-        let id = format!("{:08x}", u32::from_ne_bytes(bytes));
+        let (random, ..) = Uuid::new_v4().as_fields();
+        let id = format!("{random:08x}");
         if !taken.contains_key(&id) {
-            return Ok(id);
+            return id;
         }
     }
 }

@@ -45,7 +45,7 @@ impl Broker {
             } else {
                 let before = data.inventory.get(device).map_or(0, |f| f.enabled_vfs());
                 let task = format!("from {before} to {count} virtual functions of {device}");
-                let lease = Lease { owner: user, task: Some(task), ..new_lease(&data, &plan)? };
+                let lease = Lease { owner: user, task: Some(task), ..new_lease(&data, &plan) };
                 data.leases.insert(lease.id.clone(), lease.clone());
                 Some(lease)
             }

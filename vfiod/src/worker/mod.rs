@@ -98,6 +98,7 @@ pub struct Workers {
 struct Worker {
     socket: OwnedFd,
     child: Child,
+    buffer: packet::Buffer,
 }
 
 /// A request under way. To drop it is to kill its worker and wait for that, so it is kept until it
@@ -245,13 +246,13 @@ impl Call {
 
     /// The same, with the descriptors that come along.
     fn answer_with<T: for<'de> Deserialize<'de>>(
-        self,
+        mut self,
         limit: Option<Duration>,
     ) -> io::Result<Result<(T, Vec<OwnedFd>), Self>> {
         let Some((packet, descriptors)) = self.worker.receive(limit)? else {
             return Ok(Err(self));
         };
-        let answer = serde_json::from_slice(&packet)?;
+        let answer = serde_json::from_slice(packet)?;
         self.workers.put_back(self.worker);
         Ok(Ok((answer, descriptors)))
     }
@@ -273,7 +274,7 @@ impl Worker {
             .process_group(0)
             .spawn()
             .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", program.display())))?;
-        Ok(Self { socket, child })
+        Ok(Self { socket, child, buffer: packet::Buffer::default() })
     }
 
     fn send(&self, packet: &[u8], descriptors: &[RawFd]) -> io::Result<()> {
@@ -281,7 +282,7 @@ impl Worker {
     }
 
     /// Its answer; `None` after `limit`.
-    fn receive(&self, limit: Option<Duration>) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    fn receive(&mut self, limit: Option<Duration>) -> io::Result<Option<(&[u8], Vec<OwnedFd>)>> {
         let until = limit.map(|limit| Instant::now() + limit);
         loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -301,7 +302,7 @@ impl Worker {
                 Ok(_) => break,
             }
         }
-        let (packet, descriptors) = packet::receive(&self.socket)?;
+        let (packet, descriptors) = packet::receive(&self.socket, &mut self.buffer)?;
         if packet.is_empty() {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the worker process ended"));
         }

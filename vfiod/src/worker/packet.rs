@@ -6,9 +6,23 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::MOST_DESCRIPTORS;
+
+/// Longest request or answer, in bytes: a page of an attribute as JSON, or a step and what became
+/// of it.
+const LONGEST: usize = 64 << 10;
+
+/// Where packets are received, one after another. Of most only the first of its pages is ever used.
+#[derive(Debug)]
+pub(super) struct Buffer(Box<[u8]>);
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self(vec![0; LONGEST].into())
+    }
+}
 
 /// Sends a packet, and copies of descriptors with it.
 pub(super) fn send(socket: &impl AsRawFd, packet: &[u8], descriptors: &[RawFd]) -> nix::Result<()> {
@@ -20,22 +34,15 @@ pub(super) fn send(socket: &impl AsRawFd, packet: &[u8], descriptors: &[RawFd]) 
 }
 
 /// The next packet and the descriptors that came with it; empty once the other end has gone.
-pub(super) fn receive(socket: &impl AsRawFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-    let socket = socket.as_raw_fd();
-    // Most have some dozen bytes, and some a page of an attribute and more.
-    let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
-    let length = loop {
-        match recv(socket, &mut [], look) {
-            Err(Errno::EINTR) => {}
-            length => break length?,
-        }
-    };
-    let mut packet = vec![0; length];
+pub(super) fn receive<'a>(
+    socket: &impl AsRawFd,
+    buffer: &'a mut Buffer,
+) -> io::Result<(&'a [u8], Vec<OwnedFd>)> {
     let mut space = cmsg_space!([RawFd; MOST_DESCRIPTORS]);
-    let mut parts = [IoSliceMut::new(&mut packet)];
+    let mut parts = [IoSliceMut::new(&mut buffer.0)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = loop {
-        match recvmsg::<()>(socket, &mut parts, Some(&mut space), flags) {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags) {
             Err(Errno::EINTR) => {}
             message => break message?,
         }
@@ -48,6 +55,5 @@ pub(super) fn receive(socket: &impl AsRawFd) -> io::Result<(Vec<u8>, Vec<OwnedFd
         }
     }
     let length = message.bytes;
-    packet.truncate(length);
-    Ok((packet, descriptors))
+    Ok((&buffer.0[..length], descriptors))
 }

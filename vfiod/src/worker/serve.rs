@@ -20,7 +20,8 @@ pub fn serve(root: &Path) -> io::Result<()> {
     let _ = prctl::set_name(c"vfiod-worker");
     let host = HostRoot::new(root);
     let socket = io::stdin();
-    while let Some((request, lock)) = receive(&socket)? {
+    let mut buffer = packet::Buffer::default();
+    while let Some((request, lock)) = receive(&socket, &mut buffer)? {
         // Given away with the answer; a copy that stayed here would be one more holder.
         let mut given: Vec<OwnedFd> = Vec::new();
         let answer = match request {
@@ -59,13 +60,16 @@ fn opened_or_not(opened: Result<(), (PathBuf, io::Error)>) -> Opened {
 }
 
 /// The next request and the descriptor that came with it.
-fn receive(socket: &impl AsRawFd) -> io::Result<Option<(Request, Option<OwnedFd>)>> {
-    let (packet, descriptors) = match packet::receive(socket) {
+fn receive(
+    socket: &impl AsRawFd,
+    buffer: &mut packet::Buffer,
+) -> io::Result<Option<(Request, Option<OwnedFd>)>> {
+    let (packet, descriptors) = match packet::receive(socket, buffer) {
         Err(error) if error.raw_os_error() == Some(Errno::ECONNRESET as i32) => return Ok(None),
         received => received?,
     };
     if packet.is_empty() {
         return Ok(None);
     }
-    Ok(Some((serde_json::from_slice(&packet)?, descriptors.into_iter().next())))
+    Ok(Some((serde_json::from_slice(packet)?, descriptors.into_iter().next())))
 }
