@@ -2,7 +2,9 @@
 //! Reads through [`crate::host`]; never writes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use crate::address::PciAddress;
 use crate::error::{Error, nearest};
@@ -56,11 +58,18 @@ impl Inventory {
     /// Reads the whole host.
     pub fn scan(host: &HostRoot) -> Result<Self, Error> {
         let addresses = host.sys("bus/pci/devices").list()?;
-        let functions: BTreeMap<_, _> = addresses
-            .iter()
-            .filter_map(|name| name.parse().ok())
-            .filter_map(|address| Some((address, Arc::new(Function::read(host, address)?))))
-            .collect();
+        let read = |name: &String| {
+            let address = name.parse().ok()?;
+            Some((address, Arc::new(Function::read(host, address)?)))
+        };
+        // Half of the time is waiting for the kernel, or for whoever reads what it locks.
+        let (some, others) = addresses.split_at(addresses.len() / 2);
+        let functions: BTreeMap<PciAddress, _> = thread::scope(|scope| {
+            let others = scope.spawn(|| others.iter().filter_map(read).collect::<Vec<_>>());
+            let some: Vec<_> = some.iter().filter_map(read).collect();
+            let others = others.join().unwrap_or_else(|panic| resume_unwind(panic));
+            some.into_iter().chain(others).collect()
+        });
         let mut inventory = Self {
             platform: Platform::read(host)?,
             vfio_aliases: vfio_aliases(host)?,

@@ -202,8 +202,11 @@ impl Workers {
         Ok(Call { workers: self.clone(), worker })
     }
 
-    /// Starts a worker for the next request, so that it does not wait for that.
+    /// Starts a worker for the next request if few wait for one, so that it does not wait for that.
     pub fn prepare(&self) -> io::Result<()> {
+        if self.idle().len() >= FEW_IDLE {
+            return Ok(());
+        }
         let worker = Worker::start(&self.program, &self.root)?;
         self.idle().push(worker);
         Ok(())
