@@ -95,6 +95,13 @@ impl Authority {
         Self { connection, owner, users: Mutex::default(), peer: Some(user) }
     }
 
+    /// Whether callers have names that the bus has given them: without one they may say any.
+    pub fn on_bus(&self) -> Result<(), Failure> {
+        let why = "only the bus tells when whoever calls has gone; call over the bus";
+        let refused = Failure::new(ErrorKind::InvalidArgument, why);
+        if self.peer.is_none() { Ok(()) } else { Err(refused) }
+    }
+
     /// Whether a user may do everything.
     pub fn trusts(&self, user: u32) -> bool {
         user == 0 || user == self.owner
@@ -148,6 +155,7 @@ impl Authority {
             let why = "the bus does not say which process calls; call again";
             Failure::new(ErrorKind::NotAuthorized, why)
         };
+        self.on_bus()?;
         let sender = header.sender().ok_or_else(unknown)?;
         let bus = DBusProxy::new(&self.connection).await.map_err(|_| unknown())?;
         let process = bus.get_connection_unix_process_id(BusName::from(sender.clone()));

@@ -28,7 +28,7 @@ impl Connections {
     /// What binds a lease to the connection that a call came over.
     pub(super) async fn bound(&self, header: &Header<'_>) -> Result<Bound, Failure> {
         let unknown = || {
-            let why = "nobody says who calls, so nothing can be bound to that; call over the bus";
+            let why = "the bus does not say who calls, so nothing can be bound to that; call again";
             Failure::new(ErrorKind::InvalidArgument, why)
         };
         let name = header.sender().ok_or_else(unknown)?.to_string();

@@ -78,8 +78,12 @@ impl ManagerObject {
             authority.check(&header, Action::OverrideProtection, &details).await?;
         }
         let connections = &self.caller.connections;
-        let connection =
-            if options.while_connected { Some(connections.bound(&header).await?) } else { None };
+        let connection = if options.while_connected {
+            authority.on_bus()?;
+            Some(connections.bound(&header).await?)
+        } else {
+            None
+        };
         let asker = Asker { user, pools: may, connection: connection.clone() };
         let attach = move |broker: &Arc<Broker>, reply| {
             broker.attach_on_this_thread(&devices, &tenant, &options, asker, &reply);
