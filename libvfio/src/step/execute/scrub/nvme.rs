@@ -297,7 +297,7 @@ fn await_sanitized(controller: &Controller, until: Instant) -> Result<(), Cause>
 }
 
 /// The block device of a namespace, if there is one yet. With several paths to it, it is of the
-/// subsystem, not of a controller.
+/// subsystem, and what is the controller's (`nvme0c0n1`) has no node (`drivers/nvme/host/multipath.c`).
 fn node(host: &HostRoot, controller: &Controller, number: u32) -> Result<Option<PathBuf>, Cause> {
     let blocks = host.sys("block");
     for name in blocks.list()?.into_iter().filter(|name| name.starts_with("nvme")) {
@@ -305,8 +305,9 @@ fn node(host: &HostRoot, controller: &Controller, number: u32) -> Result<Option<
         let owner = dir.sub("device");
         let ours = dir.link_name("device").as_deref() == Some(&controller.name)
             || owner.has(&controller.name);
-        if ours && dir.attr("nsid")?.as_deref() == Some(&number.to_string()) {
-            return Ok(Some(host.path(format!("dev/{name}"))).filter(|node| node.exists()));
+        let node = host.path(format!("dev/{name}"));
+        if ours && node.exists() && dir.attr("nsid")?.as_deref() == Some(&number.to_string()) {
+            return Ok(Some(node));
         }
     }
     Ok(None)
@@ -445,6 +446,39 @@ mod tests {
         assert_eq!((large[0], large[large.len() - 1]), (0, bytes - piece));
         assert!(large.iter().all(|at| at % piece == 0 && *at < bytes));
         assert_eq!(offsets(512).collect::<Vec<u64>>(), [0, 0]);
+    }
+
+    #[test]
+    fn the_disk_of_a_namespace_is_found_with_one_path_and_with_several() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let put = |path: &str, text: &str| {
+            std::fs::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+            std::fs::write(root.join(path), text).unwrap();
+        };
+        let link = |path: &str, to: &str| {
+            std::os::unix::fs::symlink(to, root.join(path)).unwrap();
+        };
+        for (disk, of) in
+            [("nvme0c0n1", "nvme0"), ("nvme0n1", "nvme-subsys0"), ("nvme1n1", "nvme1")]
+        {
+            put(&format!("sys/block/{disk}/nsid"), "1\n");
+            link(&format!("sys/block/{disk}/device"), &format!("../../{of}"));
+        }
+        put("sys/nvme-subsys0/nvme0/state", "live\n");
+        put("sys/nvme0/state", "live\n");
+        put("sys/nvme1/state", "live\n");
+        put("dev/nvme0n1", "");
+        put("dev/nvme1n1", "");
+        let host = HostRoot::new(root);
+        let found = |name: &str, number| {
+            let controller = Controller { name: name.into(), node: PathBuf::new() };
+            let node = node(&host, &controller, number).unwrap()?;
+            Some(node.strip_prefix(root).unwrap().display().to_string())
+        };
+        assert_eq!(found("nvme0", 1).as_deref(), Some("dev/nvme0n1"));
+        assert_eq!(found("nvme1", 1).as_deref(), Some("dev/nvme1n1"));
+        assert_eq!((found("nvme0", 2), found("nvme2", 1)), (None, None));
     }
 
     #[test]
