@@ -48,6 +48,10 @@ pub const EDU: Function = function("edu", "0000:00:0a.0", 0x1234, 0x11e8);
 /// A network card like [`NIC`], on NUMA node 1.
 pub const FAR_NIC: Function = function("far-nic", "0000:81:00.0", 0x8086, 0x10c9);
 
+/// A card like [`SWITCH_NIC_A`] and its twin, below a root port of its own; only where the lab is booted
+/// anew.
+pub const THIRD_NIC: Function = function("third-nic", "0000:0c:00.0", 0x8086, 0x10d3);
+
 /// SR-IOV disk controllers of the machine for hundreds of virtual functions, on root ports of their
 /// own.
 pub const MANY: [Function; 4] = [
@@ -56,6 +60,9 @@ pub const MANY: [Function; 4] = [
     function("nvme-3", "0000:03:00.0", 0x1b36, 0x0010),
     function("nvme-4", "0000:04:00.0", 0x1b36, 0x0010),
 ];
+
+/// A root port with nothing below it, and the address of what is plugged in there.
+pub const FREE_PORT: (&str, &str) = ("port-free", "0000:0d:00.0");
 
 /// Every function of the machine that scenarios usually have.
 pub const FUNCTIONS: [Function; 10] =
@@ -123,6 +130,8 @@ pub enum Purpose {
     Scenarios,
     /// Benchmarks, which start none.
     Benchmarks,
+    /// Scenarios through boots: all of the usual devices, [`THIRD_NIC`], and a port that is free.
+    Boots,
     /// Hundreds of virtual functions, of [`MANY`] alone, and no guests.
     Many,
 }
@@ -136,7 +145,7 @@ impl Purpose {
     /// any real host.
     fn processors(self) -> u8 {
         match self {
-            Self::Scenarios => 1,
+            Self::Scenarios | Self::Boots => 1,
             Self::Benchmarks | Self::Many => 2,
         }
     }
@@ -144,7 +153,7 @@ impl Purpose {
     /// How many virtual functions [`NVME`], or each of [`MANY`], can have.
     pub fn disk_functions(self) -> u16 {
         match self {
-            Self::Scenarios => 4,
+            Self::Scenarios | Self::Boots => 4,
             Self::Benchmarks => 64,
             Self::Many => 127,
         }
@@ -153,16 +162,18 @@ impl Purpose {
     /// Memory of both NUMA nodes, in MiB.
     fn memory(self) -> [u16; 2] {
         match self {
-            Self::Scenarios | Self::Benchmarks => [1536, 1024],
+            Self::Scenarios | Self::Boots | Self::Benchmarks => [1536, 1024],
             Self::Many => [2560, 512],
         }
     }
 
-    /// What its kernel is told beside the usual: the firmware leaves little room for virtual
-    /// functions.
+    /// What its kernel is told beside the usual. Through boots, the lab's root is not mounted by its
+    /// own initial file system alone, and `vfio-pci` is told of the device with no driver, as on hosts
+    /// that have no policy; for many, the firmware leaves little room for virtual functions.
     pub fn kernel_arguments(self) -> &'static str {
         match self {
             Self::Scenarios | Self::Benchmarks => "",
+            Self::Boots => " rw fsck.mode=skip vfio-pci.ids=1234:11e8",
             Self::Many => " pci=realloc",
         }
     }
@@ -171,16 +182,8 @@ impl Purpose {
     fn devices(self) -> Vec<Value> {
         let functions = self.disk_functions();
         match self {
-            Self::Scenarios | Self::Benchmarks => [
-                nic(),
-                nvme(functions),
-                gpu_with_port(),
-                switch(),
-                switch_without_acs(),
-                vec![json!({"driver": "edu", "id": EDU.id, "bus": "pcie.0", "addr": "0a.0"})],
-                far_node(),
-            ]
-            .concat(),
+            Self::Scenarios | Self::Benchmarks => usual(functions),
+            Self::Boots => [usual(functions), third_nic()].concat(),
             Self::Many => many(functions),
         }
     }
@@ -241,6 +244,19 @@ fn own_devices() -> Vec<Value> {
     ]
 }
 
+fn usual(functions: u16) -> Vec<Value> {
+    [
+        nic(),
+        nvme(functions),
+        gpu_with_port(),
+        switch(),
+        switch_without_acs(),
+        vec![json!({"driver": "edu", "id": EDU.id, "bus": "pcie.0", "addr": "0a.0"})],
+        far_node(),
+    ]
+    .concat()
+}
+
 fn nic() -> Vec<Value> {
     vec![
         root_port("port-nic", "pcie.0", "04.0", 1),
@@ -294,16 +310,34 @@ pub fn gpu() -> [Value; 2] {
 fn switch() -> Vec<Value> {
     let mut devices = vec![root_port("port-switch", "pcie.0", "07.0", 4)];
     devices.extend(switch_below("port-switch", "switch", 5));
-    devices.extend([
-        switch_nic_a(),
-        json!({"driver": "e1000e", "id": SWITCH_NIC_B.id, "bus": "switch-b"}),
-    ]);
+    devices.extend([switch_nic_a(), plugged(SWITCH_NIC_B, "switch-b")]);
     devices
 }
 
 /// The card of [`SWITCH_NIC_A`], to plug it in again.
 pub fn switch_nic_a() -> Value {
-    json!({"driver": "e1000e", "id": SWITCH_NIC_A.id, "bus": "switch-a"})
+    plugged(SWITCH_NIC_A, "switch-a")
+}
+
+/// A card of [`SWITCH_NIC_A`]'s kind, to plug it in below a port. Its network address, and so its serial
+/// number, is the same in each.
+pub fn plugged(card: Function, port: &str) -> Value {
+    let last = match card.id {
+        "switch-nic-a" => "0a",
+        "switch-nic-b" => "0b",
+        _ => "0c",
+    };
+    json!({"driver": "e1000e", "id": card.id, "bus": port, "mac": format!("52:54:00:00:00:{last}")})
+}
+
+/// Below a root port of its own, and the port [`FREE_PORT`]; both after all others, whose bus numbers
+/// stay.
+fn third_nic() -> Vec<Value> {
+    vec![
+        root_port("port-third", "pcie.0", "09.0", 11),
+        plugged(THIRD_NIC, "port-third"),
+        root_port(FREE_PORT.0, "pcie.0", "0c.0", 12),
+    ]
 }
 
 /// No ACS anywhere on the way up: root port, switch and all below are one group.

@@ -1,11 +1,16 @@
-//! The lab's agent: runs inside the lab; `--list` names its scenarios anywhere.
+//! The lab's agent: runs inside the lab; `--list` names its scenarios anywhere, and `--hold` has a
+//! virtual function of a card open until it is killed.
 
 use anyhow::Result;
 
 fn main() -> Result<()> {
-    if std::env::args().nth(1).as_deref() == Some("--list") {
-        println!("{}", serde_json::to_string(&vfiod_tests::lab::list())?);
-        return Ok(());
+    let mut words = std::env::args().skip(1);
+    match (words.next().as_deref(), words.next()) {
+        (Some("--list"), _) => {
+            println!("{}", serde_json::to_string(&vfiod_tests::lab::list())?);
+            Ok(())
+        }
+        (Some("--hold"), Some(physical)) => vfiod_tests::lab::hold(&physical),
+        _ => vfiod_tests::lab::serve(),
     }
-    vfiod_tests::lab::serve()
 }

@@ -5,6 +5,7 @@
 mod agent;
 pub mod command;
 mod guest;
+mod holder;
 mod link;
 pub mod product;
 mod scenarios;
@@ -17,6 +18,7 @@ use serde_json::Value;
 
 pub use agent::serve;
 pub use guest::Guest;
+pub use holder::hold;
 pub use scenarios::list;
 
 use crate::protocol::{BenchRow, FromLab, ToLab};

@@ -14,6 +14,7 @@ mod libvirt;
 mod life;
 mod many;
 mod mediated;
+mod pools;
 mod refusals;
 mod run;
 mod scrub;
@@ -92,6 +93,7 @@ const SCENARIOS: &[Scenario] = &[
         refusals::protected,
     ),
     scenario("unprivileged", "who may look and who may change", refusals::unprivileged),
+    scenario("pools", "who may lease from which pool of the policy", pools::run).by_name(),
     scenario("bad-input", "every wrong input has its answer", refusals::bad_input),
     scenario("restart", "the daemon restarts while a guest has its devices", life::restart),
     scenario("host", "what journal, systemd and the readiness check see", life::host),
@@ -133,6 +135,13 @@ const SCENARIOS: &[Scenario] = &[
         .on_own_kernel(),
     scenario("boot-policy", "the policy through cold boots, a broken one among them", boot::policy)
         .with_boots(),
+    scenario(
+        "boot-trouble",
+        "drivers in the initial file system, like cards, moved cards, a stuck one",
+        boot::trouble,
+    )
+    .with_boots()
+    .on(Purpose::Boots),
     scenario("demo", "the product at work, told as a story", demo::run),
     scenario("bench-guests", "what starting guests costs beside libvirt and QEMU", bench::guests)
         .by_name(),

@@ -1,6 +1,8 @@
 //! The policy through boots of a real kernel. Each boot is a phase of the scenario, which is run anew
 //! after it and finds on disk how far it was.
 
+mod trouble;
+
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -10,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::lab::product::{refused, vfioctl, vfioctl_json};
 use crate::lab::{Lab, command, sysfs, wait_until};
 use crate::machine::{GPU, GPU_AUDIO, NIC, SWITCH_NIC_A};
+use crate::protocol::BenchRow;
 
 const POLICY: &str = r#"
 boot.limit = 60
@@ -26,10 +29,14 @@ shape = { vlan = 40 }
 "#;
 const FILE: &str = "/etc/vfiod/vfiod.toml";
 const RULES: &str = "/etc/udev/rules.d/10-vfiod.rules";
+/// What the boot took that is compared with one without us.
+const TOOK: &str = "/var/lib/lab-took";
 const PHASE: &str = "/var/lib/lab-phase";
 const UNIT: &str = "vfiod-provision.service";
 /// What provisioning and a slow machine may take.
 const LIMIT: Duration = Duration::from_secs(120);
+
+pub(super) use trouble::run as trouble;
 
 /// A cold boot puts everything where the policy wants it before a host driver has it; a broken policy
 /// keeps no boot from its end; without a policy all is as it was.
@@ -65,28 +72,67 @@ fn prepare(lab: &mut Lab) -> Result<()> {
     next(lab, "as-wanted")
 }
 
+/// A property of a unit.
+fn show(unit: &str, property: &str) -> Result<String> {
+    let shown = command::run(["systemctl", "show", "--value", "--property", property, unit])?;
+    Ok(shown.success()?.trim().to_owned())
+}
+
 /// Waits until provisioning has come to its end, and answers its result.
 fn provisioned() -> Result<String> {
-    let show = |property: &str| {
-        let shown = command::run(["systemctl", "show", "--value", "--property", property, UNIT])?;
-        Ok::<_, anyhow::Error>(shown.success()?.trim().to_owned())
-    };
     wait_until("provisioning ends", LIMIT, || {
-        Ok(matches!(show("ActiveState")?.as_str(), "active" | "failed"))
+        Ok(matches!(show(UNIT, "ActiveState")?.as_str(), "active" | "failed"))
     })?;
-    show("Result")
+    show(UNIT, "Result")
+}
+
+/// What systemd has of provisioning.
+fn what_it_said() -> Result<String> {
+    let status = ["systemctl", "status", "--full", "--no-pager", "--lines=20", UNIT];
+    Ok(command::run(status)?.stdout)
+}
+
+fn microseconds(of: &[&str], property: &str) -> Result<f64> {
+    let show = ["systemctl", "show", "--value", "--property", property].into_iter();
+    let shown = command::run(show.chain(of.iter().copied()))?.success()?;
+    Ok(f64::from(u32::try_from(shown.trim().parse::<u64>()?)?))
+}
+
+/// From systemd's start until the host is up, in milliseconds.
+fn whole_boot() -> Result<f64> {
+    let began = microseconds(&[], "UserspaceTimestampMonotonic")?;
+    let up = microseconds(&["multi-user.target"], "ActiveEnterTimestampMonotonic")?;
+    Ok((up - began) / 1e3)
+}
+
+/// What the program of a unit took, in milliseconds.
+fn own_time(unit: &str) -> Result<f64> {
+    let began = microseconds(&[unit], "ExecMainStartTimestampMonotonic")?;
+    Ok((microseconds(&[unit], "ExecMainExitTimestampMonotonic")? - began) / 1e3)
+}
+
+/// Has systemd start all of ours with the host, or none.
+fn of_units(verb: &str) -> Result<()> {
+    let units = ["vfiod.service", "vfiod-early.service", UNIT];
+    command::run(["systemctl", verb].into_iter().chain(units))?.success().map(drop)
+}
+
+fn kernel_log() -> Result<String> {
+    command::run(["journalctl", "--dmesg", "--boot", "--no-pager", "--output=cat"])?.success()
+}
+
+fn is_up() -> Result<bool> {
+    Ok(show("multi-user.target", "ActiveState")? == "active")
 }
 
 fn as_wanted(lab: &mut Lab) -> Result<()> {
     let result = provisioned()?;
-    let told = vfioctl(["status"])?;
-    ensure!(result == "success", "provisioning: {result}\n{}{}", told.stdout, told.stderr);
+    ensure!(result == "success", "provisioning: {result}\n{}", what_it_said()?);
     for address in [GPU.address, GPU_AUDIO.address] {
         let driver = sysfs::driver(address);
         ensure!(driver.as_deref() == Some("vfio-pci"), "{address} is on {driver:?}");
     }
-    let log = command::run(["journalctl", "--dmesg", "--boot", "--no-pager", "--output=cat"])?;
-    let log = log.success()?;
+    let log = kernel_log()?;
     for (driver, function) in [("bochs", GPU), ("snd_hda_intel", GPU_AUDIO)] {
         let bound = |line: &&str| line.contains(driver) && line.contains(function.address);
         let lines: Vec<&str> = log.lines().filter(bound).collect();
@@ -111,6 +157,13 @@ fn as_wanted(lab: &mut Lab) -> Result<()> {
     let report = vfioctl_json(["verify-boot"])?;
     let milliseconds = report["milliseconds"].as_u64().context("no time")?;
     lab.step(format!("verify-boot agrees; provisioning took {milliseconds} ms"))?;
+    wait_until("the host is up", LIMIT, is_up)?;
+    fs::write(TOOK, whole_boot()?.to_string())?;
+    for (name, unit) in [("boot-early", "vfiod-early.service"), ("boot-provision", UNIT)] {
+        lab.bench(BenchRow::of(name, "ms", &[own_time(unit)?]))?;
+    }
+    let applied = u32::try_from(milliseconds)?;
+    lab.bench(BenchRow::of("boot-apply", "ms", &[applied.into()]))?;
     let again = vfioctl_json(["apply"])?;
     let idle = |unit: &serde_json::Value| unit["standing"] == "as-wanted";
     ensure!(again["units"].as_array().is_some_and(|units| units.iter().all(idle)), "{again}");
@@ -122,23 +175,29 @@ fn as_wanted(lab: &mut Lab) -> Result<()> {
 fn broken(lab: &mut Lab) -> Result<()> {
     let result = provisioned()?;
     ensure!(result != "success", "provisioning took a broken policy");
-    let status = command::run(["systemctl", "status", "--no-pager", "--lines=20", UNIT])?;
-    ensure!(status.stdout.contains("did you mean 'mode'?"), "{}", status.stdout);
+    let said = what_it_said()?;
+    ensure!(said.contains("did you mean 'mode'?"), "{said}");
     refused(&vfioctl(["status"])?, 2, &["vfiod.toml:5:1", "did you mean 'mode'?"])?;
-    let booted = || {
-        let state = command::run(["systemctl", "is-active", "multi-user.target"])?;
-        Ok(state.stdout.trim() == "active")
-    };
-    wait_until("the host is up", LIMIT, booted)?;
+    wait_until("the host is up", LIMIT, is_up)?;
     lab.step("a broken policy kept no boot from its end; systemctl and vfioctl say what is wrong")?;
     fs::remove_file(FILE)?;
     vfioctl(["policy", "reload"])?.success()?;
     ensure!(!Path::new(RULES).exists(), "there are rules of a policy that is no more");
+    of_units("disable")?;
     next(lab, "none")
 }
 
 fn none(lab: &mut Lab) -> Result<()> {
     fs::remove_file(PHASE)?;
+    wait_until("the host is up", LIMIT, is_up)?;
+    let (with, without) = (fs::read_to_string(TOOK)?.parse()?, whole_boot()?);
+    let mut row = BenchRow::of("boot", "ms", &[with]);
+    row.floor_ratio = Some(with / without);
+    lab.bench(row)?;
+    lab.step(format!(
+        "up {with:.0} ms after the first program, and after {without:.0} without us"
+    ))?;
+    of_units("enable")?;
     for (function, driver) in [(GPU, "bochs"), (GPU_AUDIO, "snd_hda_intel")] {
         let now = sysfs::driver(function.address).unwrap_or_default();
         ensure!(now.starts_with(driver), "{} is on {now:?}", function.address);
