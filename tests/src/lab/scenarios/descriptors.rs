@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::IoSlice;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -65,9 +65,19 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     refused(&vfioctl(["release", &id])?, 5, &["releasing", "lab-agent"])?;
     let other = vfioctl(["attach", EDU.address, "--tenant", "tenant-b"])?;
     refused(&other, 8, &[&id])?;
-    drop((devices, iommu));
+    let known = join(devices[0].1.as_raw_fd(), iommu.as_raw_fd(), interface)?;
+    ensure!(translates(iommu.as_raw_fd(), interface, known), "it does not translate for it");
+    drop(devices);
     wait_until("the lease ends", LIMIT, || Ok(lease(&id)?.is_none()))?;
     lab.step("while one is open the lease does not end and nobody else gets the device")?;
+
+    // What translated for a device knows nothing of the next lease's.
+    let next = busctl_attach(EDU.address, "tenant-a")?;
+    ensure!(!translates(iommu.as_raw_fd(), interface, known), "it still translates for a device");
+    let opened = File::options().read(true).write(true).open(node(interface)?)?;
+    drop((opened, iommu));
+    vfioctl(["release", &next])?.success()?;
+    lab.step("what translated for it keeps nobody from the device, and is good for nothing more")?;
 
     // It cannot be reset.
     let kept = vfioctl(["attach", EDU.address, "--tenant", "ours"])?;
@@ -97,10 +107,7 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
 /// opened it, but not the lease.
 fn hidden(lab: &mut Lab, interface: &str) -> Result<()> {
     let id = busctl_attach(EDU.address, "tenant-a")?;
-    let node = match interface {
-        "group" => format!("/dev/vfio/{}", sysfs::group(EDU.address).context("no group")?),
-        _ => format!("/dev/vfio/devices/{}", sysfs::vfio_device(EDU.address)?),
-    };
+    let node = node(interface)?;
     let (ours, theirs) = UnixStream::pair()?;
     let opened = File::options().read(true).write(true).open(&node)?;
     let rights = [opened.as_raw_fd()];
@@ -116,6 +123,79 @@ fn hidden(lab: &mut Lab, interface: &str) -> Result<()> {
     drop((ours, theirs));
     wait_until("the lease ends", LIMIT, || Ok(lease(&id)?.is_none()))?;
     lab.step(format!("one hidden in a socket kept {node} from the next tenant until it was gone"))
+}
+
+/// The node of the device, by whichever interface.
+fn node(interface: &str) -> Result<String> {
+    Ok(match interface {
+        "group" => format!("/dev/vfio/{}", sysfs::group(EDU.address).context("no group")?),
+        _ => format!("/dev/vfio/devices/{}", sysfs::vfio_device(EDU.address)?),
+    })
+}
+
+/// `struct vfio_device_bind_iommufd`.
+#[repr(C)]
+struct Binding {
+    size: u32,
+    flags: u32,
+    iommu: i32,
+    device: u32,
+}
+
+/// `struct iommu_hw_info`.
+#[repr(C)]
+struct Hardware {
+    size: u32,
+    flags: u32,
+    device: u32,
+    length: u32,
+    data: u64,
+    kind: u32,
+    reserved: u32,
+    capabilities: u64,
+}
+
+mod ioctls {
+    #![allow(missing_docs, clippy::undocumented_unsafe_blocks)]
+    use super::{Binding, Hardware};
+
+    nix::ioctl_write_int_bad!(set_iommu, nix::request_code_none!(b';', 102));
+    nix::ioctl_write_ptr_bad!(set_container, nix::request_code_none!(b';', 104), i32);
+    nix::ioctl_readwrite_bad!(bind_iommufd, nix::request_code_none!(b';', 118), Binding);
+    nix::ioctl_readwrite_bad!(hardware, nix::request_code_none!(b';', 0x8a), Hardware);
+}
+
+/// Has an IOMMU translate for a device or its group; what it calls the device, if it calls it anything.
+fn join(device: RawFd, iommu: RawFd, interface: &str) -> Result<u32> {
+    if interface == "group" {
+        // SAFETY: both descriptors are open and the request reads one number.
+        unsafe { ioctls::set_container(device, &raw const iommu) }?;
+        return Ok(0);
+    }
+    let mut binding = Binding { size: 16, flags: 0, iommu, device: 0 };
+    // SAFETY: the descriptor is open and `binding` is the structure this request reads and fills.
+    unsafe { ioctls::bind_iommufd(device, &raw mut binding) }?;
+    Ok(binding.device)
+}
+
+/// Whether an IOMMU knows the device: a container translates only if it has a group.
+fn translates(iommu: RawFd, interface: &str, device: u32) -> bool {
+    if interface == "group" {
+        // SAFETY: the descriptor is open and the request takes a number, `VFIO_TYPE1v2_IOMMU`.
+        return unsafe { ioctls::set_iommu(iommu, 3) }.is_ok();
+    }
+    let mut hardware = Hardware {
+        size: 40,
+        flags: 0,
+        device,
+        length: 0,
+        data: 0,
+        kind: 0,
+        reserved: 0,
+        capabilities: 0,
+    };
+    // SAFETY: the descriptor is open and `hardware` is the structure this request reads and fills.
+    unsafe { ioctls::hardware(iommu, &raw mut hardware) }.is_ok()
 }
 
 /// A program that does not outlive the scenario.

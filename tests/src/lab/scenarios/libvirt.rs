@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+use super::refusals::{POOL, with_policy};
 use super::survival::drivers;
 use crate::lab::command::{self, Ran};
 use crate::lab::product::{busctl_attach, give_to_all, lease, refused, vfioctl, vfioctl_json};
@@ -25,10 +26,14 @@ const DOCUMENT: &str = include_str!("../../../../docs/libvirt.md");
 
 /// A domain that runs and never boots: what is looked at is all around it.
 pub(super) fn define(name: &str, uuid: &str, tenant: Option<&str>, devices: &str) -> Result<()> {
-    let metadata = tenant.map_or_else(String::new, |tenant| {
-        format!(
-            "<metadata><vfiod:lease xmlns:vfiod='urn:vfiod:lease:1' tenant='{tenant}'/></metadata>"
-        )
+    let lease = tenant.map(|tenant| format!("tenant='{tenant}'"));
+    define_for(name, uuid, lease.as_deref(), devices)
+}
+
+/// The same, with what its metadata says of its lease.
+fn define_for(name: &str, uuid: &str, lease: Option<&str>, devices: &str) -> Result<()> {
+    let metadata = lease.map_or_else(String::new, |lease| {
+        format!("<metadata><vfiod:lease xmlns:vfiod='urn:vfiod:lease:1' {lease}/></metadata>")
     });
     let xml = format!(
         "<domain type='kvm'><name>{name}</name><uuid>{uuid}</uuid>{metadata}\
@@ -83,8 +88,8 @@ fn with_libvirt(domains: &[&str], act: impl FnOnce() -> Result<()>) -> Result<()
     done
 }
 
-/// Started and destroyed again and again, with libvirtd restarted beside it. Without the GPU: that one
-/// is reset by its bus alone, and ended guests leave it deaf at times, which is for other scenarios.
+/// Started and destroyed again and again, with libvirtd restarted beside it: the GPU, which only its
+/// bus resets, and a virtual function.
 pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "0")?;
     sysfs::write(NIC.address, "sriov_numvfs", "1")?;
@@ -92,27 +97,31 @@ pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
     // libvirt gives a virtual function its address through an interface that is up.
     let link = sysfs::interface(NIC.address)?;
     command::run(["ip", "link", "set", &link, "up"])?.success()?;
-    let back = || sysfs::driver(EDU.address).is_none() && sysfs::driver(&vf).is_none();
+    let before = drivers();
+    command::run(["dmesg", "--clear"])?.success()?;
     with_libvirt(&["web"], || {
-        define("web", WEB, Some("alice"), &(hostdev(EDU.address, "no")? + &interface(&vf)?))?;
+        define("web", WEB, Some("alice"), &(gpu("no")? + &interface(&vf)?))?;
         for cycle in 0..CYCLES {
             virsh(["start", "web"])?.success()?;
             let leases = vfioctl_json(["leases"])?;
             let record = leases[0].clone();
             ensure!(record["vm"] == WEB && record["tenant"] == "alice", "{leases}");
-            ensure!(record["devices"] == json!([EDU.address, vf]), "not all in one: {leases}");
+            let all = json!([vf, GPU.address, GPU_AUDIO.address]);
+            ensure!(record["devices"] == all, "not all in one: {leases}");
             if cycle == 0 {
-                lab.step("virsh start leased a device and a VF in one, for the tenant")?;
+                lab.step("virsh start leased GPU, audio function and VF in one, for the tenant")?;
                 held_by_libvirt(lab, record["id"].as_str().context("no id")?)?;
             }
             virsh(["destroy", "web"])?.success()?;
             ensure!(none_leased()?, "cycle {cycle}: a lease is left");
-            ensure!(back(), "cycle {cycle}: a device is still on VFIO");
+            let back = drivers() == before && sysfs::driver(&vf).is_none();
+            ensure!(back, "cycle {cycle}: {:?}, not {before:?}", drivers());
             if cycle % 5 == 4 {
                 lab.step(format!("{} times started and destroyed", cycle + 1))?;
             }
         }
-        lab.step("each time all came back")?;
+        hears()?;
+        lab.step("each time all came back, and the host's drivers found the GPU as it was")?;
 
         virsh(["start", "web"])?.success()?;
         command::run(["systemctl", "restart", "libvirtd"])?.success()?;
@@ -124,12 +133,23 @@ pub(super) fn cycles(lab: &mut Lab) -> Result<()> {
         ensure!(state.trim() == "running", "it is {state}");
         command::run(["systemctl", "start", "vfiod"])?.success()?;
         virsh(["destroy", "web"])?.success()?;
-        ensure!(none_leased()? && back(), "it is not all back");
+        ensure!(none_leased()? && drivers() == before, "it is not all back");
         lab.step("libvirtd was restarted, once beside a stopped vfiod: the domain went on")
     })?;
     command::run(["ip", "link", "set", &link, "down"])?.success()?;
     sysfs::write(NIC.address, "sriov_numvfs", "0")?;
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
+}
+
+/// Whether drivers of the host got answers from the GPU each time it came back to them.
+fn hears() -> Result<()> {
+    // The audio function's driver looks at it after it was bound.
+    std::thread::sleep(Duration::from_secs(1));
+    let log = command::run(["dmesg"])?.success()?;
+    let deaf = |line: &&str| ["ID mismatch", "reset timeout"].iter().any(|why| line.contains(why));
+    let deaf: Vec<&str> = log.lines().filter(deaf).collect();
+    ensure!(deaf.is_empty(), "the GPU came back deaf:\n{}", deaf.join("\n"));
+    Ok(())
 }
 
 /// libvirt gives the nodes to a guest's user: the daemon still knows that the guest has them.
@@ -182,8 +202,30 @@ pub(super) fn refusals(lab: &mut Lab) -> Result<()> {
         define("web", WEB, Some("a b"), &gpu("no")?)?;
         refused(&virsh(["start", "web"])?, 1, &["letters, digits"])?;
         ensure!(none_leased()? && drivers() == before, "something is left");
-        lab.step("a tenant that is none is refused in the same way")
+        lab.step("a tenant that is none is refused in the same way")?;
+        pools(lab)?;
+        ensure!(none_leased()? && drivers() == before, "it is not all back");
+        Ok(())
     })
+}
+
+/// A domain whose devices are to be of a pool.
+fn pools(lab: &mut Lab) -> Result<()> {
+    let again = |devices: &str| {
+        virsh(["undefine", "web"])?.success()?;
+        define_for("web", WEB, Some("tenant='alice' pool='lab'"), devices)
+    };
+    again(&gpu("no")?)?;
+    refused(&virsh(["start", "web"])?, 1, &["no pool 'lab'"])?;
+    with_policy(&format!("{POOL}tenants = [\"alice\"]\n"), || {
+        virsh(["start", "web"])?.success()?;
+        let leases = vfioctl_json(["leases"])?;
+        ensure!(leases[0]["devices"] == json!([GPU.address, GPU_AUDIO.address]), "{leases}");
+        virsh(["destroy", "web"])?.success()?;
+        again(&(gpu("no")? + &hostdev(EDU.address, "no")?))?;
+        refused(&virsh(["start", "web"])?, 1, &[EDU.address, "not in 'lab'"])
+    })?;
+    lab.step("a domain's devices are those of the pool it names, or it does not start")
 }
 
 /// Devices that libvirt is to manage, and a hook that is not ours.

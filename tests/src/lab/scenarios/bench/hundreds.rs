@@ -15,6 +15,9 @@ use crate::protocol::{BenchRow, median};
 const SIZES: [(u16, &str, usize); 4] =
     [(8, "attach-8", 5), (64, "attach-64", 3), (127, "vf-attach-127", 3), (508, "attach-508", 1)];
 
+/// How often all are listed.
+const LISTS: usize = 5;
+
 /// Connections to ask over: the bus lets each wait for 128 answers.
 const CONNECTIONS: usize = 4;
 
@@ -49,7 +52,7 @@ pub(in super::super) fn run(lab: &mut Lab) -> Result<()> {
         lab.bench(BenchRow::of(&format!("{name}-each"), "ms", &each))?;
     }
     lab.step("listing and memory with all of them")?;
-    list(lab, "list-508")?;
+    list(lab, "list-508", LISTS)?;
     memory(lab, "resident-memory-508")?;
     let left = runtime.block_on(set(0))?;
     ensure!(left.is_empty(), "{} are left", left.len());
@@ -78,7 +81,9 @@ async fn release_all(managers: &[ManagerProxy<'static>], devices: &[String]) -> 
     let mut calls = tokio::task::JoinSet::new();
     for (device, manager) in devices.iter().zip(managers.iter().cycle()) {
         let (manager, device) = (manager.clone(), device.clone());
-        calls.spawn(async move { manager.release(&device, Options::new()).await.map(drop) });
+        // The bare writes do not reset either.
+        let options = Options::from([("no_reset", true.into())]);
+        calls.spawn(async move { manager.release(&device, options).await.map(drop) });
     }
     while let Some(done) = calls.join_next().await {
         done??;

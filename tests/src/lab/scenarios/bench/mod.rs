@@ -46,7 +46,7 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     lab.step("releasing with a reset, and clearing memory")?;
     sanitise::run(lab)?;
     lab.step("listing, memory, starting")?;
-    list(lab, "list")?;
+    list(lab, "list", SOME)?;
     memory(lab, "resident-memory")?;
     startup(lab)?;
 
@@ -134,11 +134,11 @@ fn each_a_process(lab: &mut Lab, vf: &str) -> Result<()> {
 }
 
 /// All functions with their drivers: whole processes.
-fn list(lab: &mut Lab, name: &str) -> Result<()> {
+fn list(lab: &mut Lab, name: &str, runs: usize) -> Result<()> {
     let whole =
         |command: &[&str]| timed(|| command::run(command.iter().copied())?.success().map(drop));
     let (mut ours, mut lspci, mut nodedev) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..SOME {
+    for _ in 0..runs {
         ours.push(whole(&["vfioctl", "list", "--all"])?);
         lspci.push(whole(&["lspci", "-nnk"])?);
         nodedev.push(whole(&["virsh", "nodedev-list", "--cap", "pci"])?);
