@@ -1,25 +1,25 @@
-//! Devices that report errors: the machine has them do so.
+//! Devices that report errors: the kernel is told of one as if its device had.
 
+use std::fs;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use serde_json::json;
+use anyhow::{Context, Result, ensure};
+use libvfio::address::PciAddress;
 
 use crate::lab::product::{busctl_attach, busctl_release, refused, vfioctl, vfioctl_json};
-use crate::lab::{Lab, sysfs, wait_until};
-use crate::machine::FAR_NIC;
+use crate::lab::{Lab, command, sysfs, wait_until};
+use crate::machine::NIC;
 
 /// The kernel tells its drivers of each error before it counts the next.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// An error that nobody can correct, while a tenant has the device.
 pub(super) fn uncorrectable(lab: &mut Lab) -> Result<()> {
-    let device = FAR_NIC.address;
+    let device = NIC.address;
     let before = total(device)?;
     let id = busctl_attach(device, "tenant-a")?;
-    let command = format!("pcie_aer_inject_error {} COMP_ABORT", FAR_NIC.id);
-    let said = lab.qmp("human-monitor-command", json!({"command-line": command}))?;
-    ensure!(said.as_str().is_some_and(|said| said.starts_with("OK")), "the machine said {said}");
+    command::run(["modprobe", "aer_inject"])?.success()?;
+    fs::write("/dev/aer_inject", injected(device.parse()?)).context("/dev/aer_inject")?;
     wait_until("the kernel counts the error", LIMIT, || Ok(total(device)? > before))?;
     lab.step("a leased device aborted a completion, which nobody can correct")?;
 
@@ -39,6 +39,15 @@ pub(super) fn uncorrectable(lab: &mut Lab) -> Result<()> {
     let next = busctl_attach(device, "tenant-b")?;
     ensure!(busctl_release(&next)? == [next.as_str()]);
     lab.step("cleared by a person, it goes to the next tenant, whom the old error does not concern")
+}
+
+/// A completion that the device aborted, in the words of the kernel's `struct aer_error_inj`
+/// (`drivers/pci/pcie/aer_inject.c`).
+fn injected(device: PciAddress) -> Vec<u8> {
+    const COMPLETER_ABORT: u32 = 1 << 15;
+    let place = [device.bus(), device.device(), device.function(), 0];
+    let words = [COMPLETER_ABORT, 0, 0, 0, 0, 0, device.domain()];
+    place.into_iter().chain(words.into_iter().flat_map(u32::to_ne_bytes)).collect()
 }
 
 /// How many non-fatal errors the kernel has counted.

@@ -116,7 +116,8 @@ const SCENARIOS: &[Scenario] = &[
         "uncorrectable",
         "a leased device reports an error that nobody can correct",
         errors::uncorrectable,
-    ),
+    )
+    .on_own_kernel(),
     scenario("deadlock", "a kernel that sleeps on a card for ever", survival::deadlock),
     scenario("descriptors", "who may open what is leased, and for how long", descriptors::run),
     scenario("run", "an ordinary user's guest with a GPU, and all that can be killed", run::run),
