@@ -109,7 +109,7 @@ fn run_by_a_user(lab: &mut Lab) -> Result<()> {
             let uuid = record["mediated"][0].as_str().context("nothing was made")?;
             let named = record["interface"] == "group" || answer.contains(uuid);
             ensure!(answer.starts_with("a(sh) 1 ") && named, "{answer}");
-            let told = vfioctl(["args", uuid])?.success()?;
+            let told = vfioctl(["args", uuid, "--vmm", "qemu"])?.success()?;
             ensure!(told.contains(&format!("sysfsdev=/sys/bus/mdev/devices/{uuid}")), "{told}");
             vfioctl_unprivileged(["release", uuid])?.success().map(drop)
         },
