@@ -89,9 +89,10 @@ fn run(lab: &mut Lab, name: &str, found: &Snapshot) -> Result<()> {
         return outcome;
     }
     // Later scenarios deserve a clean lab whatever this one left.
-    found.restore().context("restoring the lab")?;
-    match outcome {
-        Err(error) => Err(error),
-        Ok(()) => bail!("the lab was not left as found:\n{}", differences.join("\n")),
+    let restored = found.restore().context("restoring the lab");
+    match (outcome, restored) {
+        (Err(error), Err(after)) => Err(error.context(format!("{after:#}, after"))),
+        (Err(error), Ok(())) | (Ok(()), Err(error)) => Err(error),
+        (Ok(()), Ok(())) => bail!("the lab was not left as found:\n{}", differences.join("\n")),
     }
 }

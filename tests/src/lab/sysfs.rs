@@ -148,7 +148,8 @@ impl Snapshot {
         gone.chain(changed).collect()
     }
 
-    /// Puts the functions that are there back; virtual functions that were not go.
+    /// Puts the functions that are there back; virtual functions that were not go, and take those of
+    /// their card along.
     pub fn restore(&self) -> Result<()> {
         let now = Self::take()?;
         for address in now.0.keys().filter(|address| !self.0.contains_key(*address)) {
@@ -160,7 +161,8 @@ impl Snapshot {
             if let Some(autoprobe) = &then.autoprobe {
                 write(address, "sriov_drivers_autoprobe", autoprobe)?;
             }
-            if now.0.get(address).is_some_and(|now| now != then) {
+            let there = path(address, "").exists();
+            if there && now.0.get(address).is_some_and(|now| now != then) {
                 bind(address, then.driver_override.as_deref())?;
             }
         }
