@@ -268,3 +268,16 @@ fn random_sequences_agree_with_the_model() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
     survival::count("random", played.into_inner() as usize, "sequences");
 }
+
+/// The kernel's work is done and its word of it lost: with the last step back a lease has ended.
+#[test]
+fn a_worker_that_ends_after_the_last_step_back_is_no_failure() {
+    let mut play = Play::new().unwrap();
+    let effect = Effect::KillAfter;
+    let events = [
+        Event::Attach { group: 1, tenant: 0 },
+        Event::Fault { on: Operation::Override, nth: 2, effect },
+        Event::Release { group: 1 },
+    ];
+    play.play(&events).unwrap();
+}

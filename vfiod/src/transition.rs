@@ -212,6 +212,11 @@ impl Walk<'_> {
         let unbound = way.iter().rposition(|r| matches!(r.step, Step::Unbind { .. }));
         let place = unbound.map_or(0, |at| at + 1);
         way.splice(place..place, unshaped);
+        // A step that was cut short may have been carried out; what is so now is on record then.
+        let is_so = |step: &Step| matches!(step, Step::SetOverride { to, .. } if *to == now.driver_override);
+        for recorded in lease.backward.iter_mut().filter(|r| left(r) && is_so(&r.step)) {
+            recorded.outcome = Some(Outcome::AlreadySo);
+        }
         lease.backward.retain(|r| !left(r) || !(r.step.is_binding() || shapes(r)));
         lease.backward.extend(way);
     }
