@@ -379,6 +379,9 @@ fn a_serial_number_is_followed_and_an_address_is_not_trusted() {
         (unit.standing.as_str(), unit.reasons[0].code.as_str()),
         ("blocked", "another-device")
     );
+    let boot = ApplyOptions { boot: true, ..ApplyOptions::default() };
+    let booted = stage.broker.apply_policy(&boot, 0).unwrap();
+    assert_eq!(booted.units[0].lost_to, None, "no race was lost for what is not meant");
     let accept = ApplyOptions { accept: true, ..ApplyOptions::default() };
     stage.broker.apply_policy(&accept, 0).unwrap();
     assert_eq!(stage.driver(here).as_deref(), Some("vfio-pci"));

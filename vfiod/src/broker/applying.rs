@@ -298,7 +298,9 @@ fn told(policy: &libvfio::policy::Policy, conformed: &Conformed, boot: bool) -> 
         record.failure = Some(failure.to_string());
     }
     let passthrough = policy.pool(&unit.pool).map(|pool| pool.mode);
-    if boot && passthrough == Some(libvfio::policy::Mode::Passthrough) {
+    // Nobody was to have had first what is not the device that is meant.
+    let meant = unit.reasons.iter().all(|reason| reason.kind != ErrorKind::IdentityMismatch);
+    if boot && meant && passthrough == Some(libvfio::policy::Mode::Passthrough) {
         record.lost_to = unit.steps.iter().find_map(|step| match step {
             Step::Unbind { driver, .. } => Some(driver.clone()),
             _ => None,
