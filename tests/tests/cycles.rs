@@ -17,6 +17,8 @@ use vfiod_tests::sim::{Damage, Described, Effect, Fault, Operation, Sim};
 use vfiod_tests::survival;
 use vfiod_tests::trial::{Setting, attach, settled};
 
+/// Where nobody says another, so that whoever changes something is told of that alone.
+const SEED: u64 = 31654;
 /// The lab's machine.
 const LAB: &str = include_str!("../hosts/lab.toml");
 /// Cycles where nobody says how many.
@@ -175,7 +177,7 @@ fn faults_of(doctored: &[Entry]) -> Vec<String> {
 #[test]
 fn whatever_fails_nobody_is_given_what_is_not_clean() {
     let cycles = number("VFIOD_CYCLES").unwrap_or(CYCLES);
-    let seed = number("VFIOD_RANDOM_SEED").unwrap_or_else(|| u64::from(std::process::id()));
+    let seed = number("VFIOD_RANDOM_SEED").unwrap_or(SEED);
     println!("VFIOD_RANDOM_SEED={seed}");
     let (mut handed, mut ill) = (0, 0);
     for season in 0..cycles.div_ceil(SEASON) {

@@ -14,6 +14,8 @@ use vfiod_tests::sim::{Described, Sim};
 use vfiod_tests::survival;
 use vfiod_tests::trial::Setting;
 
+/// Where nobody says another, so that whoever changes something is told of that alone.
+const SEED: u32 = 10028;
 const LAB: &str = include_str!("../hosts/lab.toml");
 /// Policies where nobody says how many.
 const POLICIES: u32 = 1000;
@@ -76,7 +78,7 @@ fn number(name: &str) -> Option<u32> {
 
 #[test]
 fn plan_equals_apply_and_apply_twice_changes_nothing() {
-    let seed = number("VFIOD_RANDOM_SEED").unwrap_or_else(std::process::id);
+    let seed = number("VFIOD_RANDOM_SEED").unwrap_or(SEED);
     println!("VFIOD_RANDOM_SEED={seed}");
     let policies = number("VFIOD_RANDOM_POLICIES").unwrap_or(POLICIES);
     let steps: usize = std::thread::scope(|scope| {

@@ -16,6 +16,8 @@ use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner
 use vfiod_tests::sim::{Effect, Fault, Operation};
 use vfiod_tests::survival::{self, GPU, Ground, OTHER_VF, VF};
 
+/// Where nobody says another, so that whoever changes something is told of that alone.
+const SEED: u64 = 31653;
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
 /// Sequences where nobody says how many.
 const SEQUENCES: u32 = 200;
@@ -254,7 +256,7 @@ fn sequences(seed: u64, cases: u32, played: &AtomicU32) -> Result<(), String> {
 #[test]
 fn random_sequences_agree_with_the_model() {
     let all = number("VFIOD_RANDOM_SEQUENCES").and_then(|n| n.try_into().ok()).unwrap_or(SEQUENCES);
-    let seed = number("VFIOD_RANDOM_SEED").unwrap_or_else(|| u64::from(std::process::id()));
+    let seed = number("VFIOD_RANDOM_SEED").unwrap_or(SEED);
     let played = AtomicU32::new(0);
     let failed: Vec<String> = std::thread::scope(|scope| {
         let play = |n: u32| {
