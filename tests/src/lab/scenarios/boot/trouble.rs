@@ -284,5 +284,7 @@ fn restore() -> Result<()> {
     sysfs::write(FAR_NIC.address, "sriov_numvfs", "0")?;
     sysfs::write(FAR_NIC.address, "sriov_drivers_autoprobe", "0")?;
     sysfs::write(FAR_NIC.address, "sriov_numvfs", "1")?;
-    sysfs::bind(&sysfs::virtual_function(FAR_NIC.address, 0)?, Some("vfio-pci"))
+    // The kernel was taking it from its driver.
+    let held = sysfs::virtual_function(FAR_NIC.address, 0)?;
+    sysfs::write(&held, "driver_override", "vfio-pci")
 }
