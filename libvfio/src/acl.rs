@@ -101,7 +101,7 @@ impl Acl {
 }
 
 /// The list of a node.
-pub(crate) fn read(node: &Path) -> io::Result<Acl> {
+pub fn read(node: &Path) -> io::Result<Acl> {
     let mut value = [0; LONGEST];
     match getxattr(node, ATTRIBUTE, &mut value[..]) {
         Ok(length) => Acl::parse(value.get(..length).unwrap_or_default())

@@ -22,19 +22,22 @@ pub const COMMAND_TIMEOUT: u32 = 600;
 ///
 /// Whatever it is, the contract is the same: it says for which functions it is
 /// ([`for_function`](Rule::for_function)), on which driver it works ([`driver`](Self::driver)) and how
-/// long it may take ([`limit`](Self::limit)), and it has failed unless it has seen that the memory is
-/// clear ([`proof`](Self::proof)). A function whose scrubber failed is given to nobody.
+/// long it may take ([`limit`](Self::limit)), and it has failed unless it has seen afterwards what is
+/// said of each. A function whose scrubber failed is given to nobody.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "by", rename_all = "kebab-case")]
 pub enum Scrubber {
-    /// Zeros through a region that shows all of the memory.
+    /// Zeros through a region that shows all of the memory; every word of it reads zero.
     BarZero {
         /// The region.
         bar: u8,
     },
-    /// The controller's own erasing of all its namespaces, asked for with nvme-cli.
+    /// The controller's own erasing of all its namespaces, asked for with nvme-cli. The same ones are
+    /// there, under the same serial number, and what was read of each is zeros, or what the controller
+    /// says erased blocks read as.
     Nvme,
-    /// A program of the administrator's.
+    /// A program of the administrator's. It ended with status 0, and the device is the one it was, as
+    /// well as it was.
     Command {
         /// Its path and arguments.
         command: Vec<String>,
@@ -73,20 +76,6 @@ impl Scrubber {
             // Large disks that have to overwrite take hours.
             Self::Nvme => Duration::from_secs(2 * 3600),
             Self::Command { timeout, .. } => Duration::from_secs((*timeout).into()),
-        }
-    }
-
-    /// What is seen to be so afterwards, or it has failed.
-    pub fn proof(&self) -> &'static str {
-        match self {
-            Self::BarZero { .. } => "every word of it reads zero",
-            Self::Nvme => {
-                "the same namespaces are there, under the same serial number, and what was read of \
-                 each is zeros, or what its controller says erased blocks read as"
-            }
-            Self::Command { .. } => {
-                "the program ended with status 0, and the device is the one it was, as well as it was"
-            }
         }
     }
 }

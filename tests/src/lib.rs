@@ -2,6 +2,7 @@
 //!
 //! Without the feature `lab` only what its host needs is built: the machine and the language.
 
+pub mod dice;
 pub mod machine;
 pub mod protocol;
 pub mod seeds;

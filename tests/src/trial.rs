@@ -1,6 +1,7 @@
 //! Brokers on a simulated host: in the test's own process, or in one of their own that can be
 //! killed. Touches the simulated host and the directory of leases it is given.
 
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,6 +75,13 @@ impl Setting {
         });
         Ok((broker, changes))
     }
+}
+
+/// Writes the policy that a broker with these records reads.
+pub fn say_policy(records: &Path, policy: &str) -> io::Result<()> {
+    let directory = records.join("policy");
+    fs::create_dir_all(&directory)?;
+    fs::write(directory.join("vfiod.toml"), policy)
 }
 
 /// Leases one device to a tenant.

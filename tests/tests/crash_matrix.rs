@@ -12,6 +12,7 @@ use vfiod_tests::survival::{
     self, DISK, Done, GPU, Ground, NUMBERED, OTHER_VF, Place, SERIAL, SETTINGS, SHAPED, VF,
     numbering, places,
 };
+use vfiod_tests::trial::{Setting, eventually, say_policy, settled};
 
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
 /// A program, for the card alone: what comes along is not scrubbed.
@@ -78,9 +79,7 @@ impl Scenario {
         let before = match self.what {
             What::Release => What::Attach,
             What::ReleaseScrubbed => {
-                let directory = ground.records().join("policy");
-                fs::create_dir_all(&directory)?;
-                fs::write(directory.join("vfiod.toml"), SCRUBBED)?;
+                say_policy(ground.records(), SCRUBBED)?;
                 What::Attach
             }
             What::ReleaseShaped => What::Shape,
@@ -338,16 +337,16 @@ fn a_step_that_outlives_its_broker_is_waited_for() {
     ground.sim.arm(place.fault(Effect::BlockForever));
     let mut broker = ground.broker().args(["attach", GPU[0], "alice"]).spawn().unwrap();
     let at_it = || ground.sim.is_blocked();
-    assert!(vfiod_tests::trial::eventually(at_it), "nobody got there");
+    assert!(eventually(at_it), "nobody got there");
     broker.kill().unwrap();
     broker.wait().unwrap();
-    let setting = vfiod_tests::trial::Setting::new(TRIAL, ground.sim.root(), ground.records());
+    let setting = Setting::new(TRIAL, ground.sim.root(), ground.records());
     let next = setting.start().unwrap();
     let mine = || next.holder(device).and_then(|id| next.lease(&id));
     assert_eq!(mine().unwrap().state, vfiod::lease::State::Wedged);
     ground.sim.let_go();
-    assert!(vfiod_tests::trial::eventually(|| mine().is_none()));
-    assert!(vfiod_tests::trial::settled(&next));
+    assert!(eventually(|| mine().is_none()));
+    assert!(settled(&next));
     drop(next);
     ground.restore(&[]).unwrap();
 }

@@ -13,6 +13,7 @@ use vfiod::broker::Broker;
 use vfiod::cleaned::Reset;
 use vfiod::history::{Audit, Entry, Event, History};
 use vfiod::request::ReleaseOptions;
+use vfiod_tests::dice::Dice;
 use vfiod_tests::sim::{Damage, Described, Effect, Fault, Operation, Sim};
 use vfiod_tests::survival;
 use vfiod_tests::trial::{Setting, attach, settled};
@@ -42,23 +43,6 @@ const TENANTS: [&str; 3] = ["alice", "bob", "carol"];
 const ONE_IN: usize = 6;
 /// No device stays ill for so many attempts to heal it.
 const ATTEMPTS: usize = 20;
-
-/// Marsaglia's xorshift.
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `sides`.
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % sides
-    }
-
-    fn pick<'a, T>(&mut self, all: &'a [T]) -> &'a T {
-        &all[self.roll(all.len())]
-    }
-}
 
 /// Something that goes wrong with a device: at what, and how.
 fn fault(dice: &mut Dice, device: PciAddress) -> Fault {
@@ -171,7 +155,7 @@ fn faults_of(doctored: &[Entry]) -> Vec<String> {
     }
     assert_eq!(history.check().unwrap().faults, [""; 0], "the chain is new, and holds");
     let entries = history.read(usize::MAX, |_| true).unwrap();
-    Audit::of(&entries).into_faults()
+    Audit::of(&entries).faults().to_vec()
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use vfiod_tests::dice::Dice;
 use vfiod_tests::seeds;
 
 #[path = "../fuzz/targets.rs"]
@@ -13,19 +14,6 @@ mod targets;
 const INPUTS: usize = 4000;
 /// Bytes that mean something to one parser or another.
 const MEANT: &[u8] = b"\0\x01\x7f\xff\n\t :/@=*?[]-\\{}\",09afC";
-
-/// Marsaglia's xorshift: the same numbers each time.
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `sides`, or 0 if there are none.
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap_or(0).checked_rem(sides).unwrap_or(0)
-    }
-}
 
 /// An input with a few changes; `other` is where parts come from.
 fn changed(input: &[u8], other: &[u8], dice: &mut Dice) -> Vec<u8> {

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use libvfio::address::PciAddress;
 use libvfio::pci::Binding;
 use vfiod_tests::survival::{self, GPU, Ground};
+use vfiod_tests::trial::say_policy;
 
 const TRIAL: &str = env!("CARGO_BIN_EXE_trial");
 /// More places than there are.
@@ -41,9 +42,7 @@ impl fmt::Display for Case {
 
 fn ground() -> Result<Ground> {
     let ground = Ground::lasting(TRIAL)?;
-    let directory = ground.records().join("policy");
-    std::fs::create_dir_all(&directory)?;
-    std::fs::write(directory.join("vfiod.toml"), POLICY)?;
+    say_policy(ground.records(), POLICY)?;
     Ok(ground)
 }
 

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use vfiod::request::ApplyOptions;
 use vfiod_tests::sim::{Described, Sim};
 use vfiod_tests::survival;
-use vfiod_tests::trial::Setting;
+use vfiod_tests::trial::{Setting, say_policy};
 
 /// Where nobody says another, so that whoever changes something is told of that alone.
 const SEED: u32 = 10028;
@@ -100,8 +100,6 @@ fn play(seed: u32, host: u32, policies: u32) -> usize {
     // As the real ones are, in memory.
     let memory = Path::new("/dev/shm");
     let records = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.unwrap();
-    let directory = records.path().join("policy");
-    std::fs::create_dir_all(&directory).unwrap();
     let broker = Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), records.path());
     let broker = broker.start().unwrap();
     let mut bytes = [0; 32];
@@ -113,7 +111,7 @@ fn play(seed: u32, host: u32, policies: u32) -> usize {
     for _ in 0..policies {
         let policy = prop::collection::vec(wanted(), SUBJECTS.len());
         let policy = text(&policy.new_tree(&mut runner).unwrap().current());
-        std::fs::write(directory.join("vfiod.toml"), &policy).unwrap();
+        say_policy(records.path(), &policy).unwrap();
         let plan = broker.reload_policy().unwrap();
         let apply = || broker.apply_policy(&ApplyOptions::default(), 0).unwrap();
         let applied = apply();

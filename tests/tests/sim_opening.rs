@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use libvfio::acl::Acl;
+use libvfio::acl;
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
@@ -143,13 +143,7 @@ fn nobody_but_who_asked_keeps_a_descriptor() {
 
 #[test]
 fn a_user_may_open_the_nodes_for_the_time_of_the_lease() {
-    let allowed = |node: &Path| {
-        let mut value = [0; 4096];
-        match rustix::fs::getxattr(node, "system.posix_acl_access", &mut value[..]) {
-            Ok(length) => Acl::parse(&value[..length]).unwrap().allows(USER),
-            Err(_) => false,
-        }
-    };
+    let allowed = |node: &Path| acl::read(node).unwrap().allows(USER);
     for cdev in [false, true] {
         let (sim, _dir, broker) = start(cdev);
         let options = AttachOptions { node_access: true, ..AttachOptions::default() };

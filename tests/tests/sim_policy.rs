@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use vfiod::broker::{Asker, Broker, Pools};
 use vfiod::request::{ApplyOptions, AttachOptions, ReleaseOptions};
 use vfiod_tests::sim::{Described, Effect, Fault, HGX8, Operation, Sim, WORKSTATION};
-use vfiod_tests::trial::{Setting, attach, eventually};
+use vfiod_tests::trial::{Setting, attach, eventually, say_policy};
 
 const LAB: &str = include_str!("../hosts/lab.toml");
 const GPU: &str = "0000:03:00.0";
@@ -54,15 +54,9 @@ fn start(host: &str, policy: &str) -> Stage {
 
 fn with(host: &str, policy: &str, records: tempfile::TempDir) -> Stage {
     let sim = Sim::mount(&Described::parse(host).unwrap()).unwrap();
-    say(&records, policy);
+    say_policy(records.path(), policy).unwrap();
     let broker = Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), records.path());
     Stage { broker: broker.start().unwrap(), sim, records }
-}
-
-fn say(records: &tempfile::TempDir, policy: &str) {
-    let directory = records.path().join("policy");
-    std::fs::create_dir_all(&directory).unwrap();
-    std::fs::write(directory.join("vfiod.toml"), policy).unwrap();
 }
 
 impl Stage {
@@ -71,7 +65,7 @@ impl Stage {
     }
 
     fn reload(&self, policy: &str) -> Result<PolicyRecord, Failure> {
-        say(&self.records, policy);
+        say_policy(self.records.path(), policy).unwrap();
         self.broker.reload_policy()
     }
 

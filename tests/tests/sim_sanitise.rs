@@ -323,11 +323,9 @@ fn who_takes_the_risk_has_it_on_record() {
     trial::attach(&broker, BARE, "alice").unwrap();
     broker.release(BARE, &ReleaseOptions { no_reset: true, wait: false }).unwrap();
     assert!(broker.quarantines().is_empty());
-    let policy = dir.path().join("policy");
-    std::fs::create_dir_all(&policy).unwrap();
     let select = format!("select = [{{ address = '{BARE}' }}]");
     let pool = format!("[pool.a]\nmode = 'on-lease'\n{select}\nreset = 'if-possible'\n");
-    std::fs::write(policy.join("vfiod.toml"), pool).unwrap();
+    trial::say_policy(dir.path(), &pool).unwrap();
     broker.reload_policy().unwrap();
     for tenant in ["bob", "carol"] {
         has_had(&broker, tenant).unwrap();
@@ -391,12 +389,10 @@ fn a_device_that_survives_none_of_its_resets_is_not_reset() {
 #[test]
 fn what_may_lose_its_power_when_idle_keeps_it_while_it_is_leased() {
     let (sim, dir) = (host(LAB), tempfile::tempdir().unwrap());
-    let policy = dir.path().join("policy");
-    std::fs::create_dir_all(&policy).unwrap();
     let pool = |power: &str| {
         let select = format!("select = [{{ address = '{NIC}' }}]");
         let pool = format!("[pool.a]\nmode = 'passthrough'\n{select}\nd3cold = {power}\n");
-        std::fs::write(policy.join("vfiod.toml"), pool).unwrap();
+        trial::say_policy(dir.path(), &pool).unwrap();
     };
     pool("true");
     std::fs::write(sim.function(at(NIC)).join("d3cold_allowed"), "0").unwrap();

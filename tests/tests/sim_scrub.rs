@@ -14,7 +14,7 @@ use vfiod::history::Event;
 use vfiod::lease::State;
 use vfiod::request::{ApplyOptions, AttachOptions, HistoryOptions, ReleaseOptions};
 use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim};
-use vfiod_tests::trial::{Setting, attach, eventually, settled};
+use vfiod_tests::trial::{Setting, attach, eventually, say_policy, settled};
 
 /// The lab's machine.
 const LAB: &str = include_str!("../hosts/lab.toml");
@@ -44,10 +44,8 @@ fn at(address: &str) -> PciAddress {
 fn start(policy: &str) -> Stage {
     let sim = Sim::mount(&Described::parse(LAB).unwrap()).unwrap();
     let records = tempfile::tempdir().unwrap();
-    let directory = records.path().join("policy");
-    std::fs::create_dir_all(&directory).unwrap();
     let policy = policy.replace("{root}", &sim.root().display().to_string());
-    std::fs::write(directory.join("vfiod.toml"), policy).unwrap();
+    say_policy(records.path(), &policy).unwrap();
     let setting = Setting::new(env!("CARGO_BIN_EXE_trial"), sim.root(), records.path());
     let broker = setting.start().unwrap();
     broker.apply_policy(&ApplyOptions::default(), 0).unwrap();

@@ -288,9 +288,9 @@ pub struct HistoryRecord {
 pub struct CleanedRecord {
     /// The function's address.
     pub device: String,
-    /// `alone`, `bus`, `none`, `skipped`, `impossible` or `failed`.
+    /// `alone`, `bus`, `none`, `skipped`, `impossible`, `gone` or `failed`.
     pub reset: String,
-    /// `zeros`, `erased`, `command`, `none`, `skipped`, `unknown` or `failed`.
+    /// `zeros`, `erased`, `command`, `none`, `skipped`, `unknown`, `gone` or `failed`.
     pub scrub: String,
     /// In what that is less than the default, if it is.
     pub weaker: Option<String>,

@@ -129,8 +129,8 @@ pub enum Resets {
 }
 
 impl Resets {
-    /// The words for all of them.
-    pub const NAMES: [&str; 3] = ["required", "if-possible", "none"];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Required, Self::IfPossible, Self::None];
 
     /// The word for it.
     pub fn name(self) -> &'static str {

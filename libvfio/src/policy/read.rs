@@ -232,14 +232,12 @@ impl Reader<'_> {
         };
         let isolation = self.text(table, section, "isolation");
         let isolation = self.read(isolation, grade, &GRADES.map(|(name, _)| name));
-        let resets = |text: &str| match text {
-            "required" => Ok(Resets::Required),
-            "if-possible" => Ok(Resets::IfPossible),
-            "none" => Ok(Resets::None),
-            _ => Err(format!("'{text}' is no kind of reset")),
+        let resets = |text: &str| {
+            let found = Resets::ALL.into_iter().find(|resets| resets.name() == text);
+            found.ok_or_else(|| format!("'{text}' is no kind of reset"))
         };
         let reset = self.text(table, section, "reset");
-        let reset = self.read(reset, resets, &Resets::NAMES);
+        let reset = self.read(reset, resets, &Resets::ALL.map(Resets::name));
         let count = |given: Option<Given<u32>>| given.and_then(|g| u16::try_from(g.value).ok());
         let pool = Pool {
             name: name.to_owned(),

@@ -50,3 +50,21 @@ pub fn run<'a>(command: impl IntoIterator<Item = &'a str>) -> Result<Ran> {
 pub fn run_unprivileged<'a>(command: impl IntoIterator<Item = &'a str>) -> Result<Ran> {
     run(["runuser", "--user", UNPRIVILEGED, "--"].into_iter().chain(command))
 }
+
+/// An ordinary user's `vfioctl run` with one device, without a process in between; the monitor's words
+/// follow.
+pub const fn launcher(device: &str) -> [&str; 11] {
+    [
+        "setpriv",
+        "--reuid=tester",
+        "--regid=tester",
+        "--init-groups",
+        "--",
+        "vfioctl",
+        "run",
+        "--device",
+        device,
+        "--tenant=ours",
+        "--",
+    ]
+}

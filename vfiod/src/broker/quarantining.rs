@@ -176,13 +176,13 @@ impl Broker {
     pub fn check_history(&self) -> Result<CheckedRecord, Failure> {
         let checked = self.history.check().map_err(unread)?;
         let entries = self.history.read(usize::MAX, |_| true).map_err(unread)?;
-        let given = Audit::of(&entries).into_faults();
+        let audit = Audit::of(&entries);
         Ok(CheckedRecord {
             entries: checked.entries,
             first: checked.head.first,
             next: checked.head.next,
             chain: checked.head.chain,
-            faults: checked.faults.into_iter().chain(given).collect(),
+            faults: checked.faults.into_iter().chain(audit.faults().iter().cloned()).collect(),
         })
     }
 

@@ -50,11 +50,6 @@ impl Audit {
         &self.faults
     }
 
-    /// The faults alone.
-    pub fn into_faults(self) -> Vec<String> {
-        self.faults
-    }
-
     /// Takes the next entry in.
     pub fn take(&mut self, entry: &Entry) {
         match entry.event {
@@ -142,7 +137,7 @@ mod tests {
     /// Numbers entries, as a history does.
     fn faults(entries: &[Entry]) -> Vec<String> {
         let numbered = (0..).zip(entries).map(|(number, e)| Entry { number, ..e.clone() });
-        Audit::of(&numbered.collect::<Vec<_>>()).into_faults()
+        Audit::of(&numbered.collect::<Vec<_>>()).faults().to_vec()
     }
 
     fn about(event: Event) -> Entry {

@@ -16,20 +16,7 @@ use crate::lab::{Guest, Lab, command, wait_until};
 const KIND: &str = "mtty/mtty-2";
 /// Vendor and device that a guest sees of it (`samples/vfio-mdev/mtty.c`).
 const SEEN: (u16, u16) = (0x4348, 0x3253);
-/// An ordinary user at the command line, without a process in between.
-const LAUNCHER: [&str; 11] = [
-    "setpriv",
-    "--reuid=tester",
-    "--regid=tester",
-    "--init-groups",
-    "--",
-    "vfioctl",
-    "run",
-    "--device",
-    KIND,
-    "--tenant=ours",
-    "--",
-];
+const LAUNCHER: [&str; 11] = command::launcher(KIND);
 const LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn run(lab: &mut Lab) -> Result<()> {

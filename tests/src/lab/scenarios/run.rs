@@ -13,20 +13,7 @@ use crate::lab::{Guest, Lab, command, sysfs, wait_until};
 use crate::machine::{GPU, GPU_AUDIO};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// An ordinary user at the command line, without a process in between.
-const LAUNCHER: [&str; 11] = [
-    "setpriv",
-    "--reuid=tester",
-    "--regid=tester",
-    "--init-groups",
-    "--",
-    "vfioctl",
-    "run",
-    "--device",
-    "gpu",
-    "--tenant=ours",
-    "--",
-];
+const LAUNCHER: [&str; 11] = command::launcher("gpu");
 /// How often the launcher is killed on its way.
 const KILLS: u32 = 8;
 
