@@ -21,6 +21,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
 use crate::broker::Broker;
+use crate::memory;
 use crate::service::Service;
 use crate::simulation::{self, Simulation};
 use crate::stores::Stores;
@@ -36,6 +37,10 @@ const LOOKING: Duration = Duration::from_secs(5);
 /// Most threads for calls: each may be kept by a step that never returns, and a host has hundreds of
 /// functions.
 const MOST_THREADS: usize = 4096;
+
+/// How long a thread waits for the next call: another is soon started, and until it ends what it has
+/// used of its stack stays in memory.
+const WAITING: Duration = Duration::from_secs(2);
 
 /// Where the policy is.
 const CONFIG: &str = "/etc/vfiod";
@@ -147,6 +152,7 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MOST_THREADS)
+        .thread_keep_alive(WAITING)
         .build()?;
     let result = runtime.block_on(run(args));
     // A step that never returns must not keep the daemon from ending.
@@ -229,6 +235,7 @@ fn follow(
             looking.look_at_overrides();
             looking.correct_drift();
             workers.rest();
+            memory::give_back();
         }
     });
 }
