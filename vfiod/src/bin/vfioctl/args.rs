@@ -39,7 +39,9 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+// Of all commands only the one that is typed is described in full.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub(crate) enum Command {
     /// List devices: driver, IOMMU group, NUMA node and lease of each
     #[command(after_help = "Examples:

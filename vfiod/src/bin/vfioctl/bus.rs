@@ -21,6 +21,8 @@ use crate::trouble::Trouble;
 #[derive(Debug)]
 pub(crate) struct Bus {
     pub(crate) manager: ManagerProxy<'static>,
+    /// Whether it is no bus, but the socket of the host's own daemon.
+    private: bool,
 }
 
 impl Bus {
@@ -30,7 +32,7 @@ impl Bus {
             Some(address) => Builder::address(address),
             None => Builder::system(),
         };
-        Self::on(connection.build().await.map_err(|error| Trouble::no_bus(&error))?).await
+        Self::on(connection.build().await.map_err(|error| Trouble::no_bus(&error))?, false).await
     }
 
     /// As [`connect`](Self::connect), or for root straight to the system's daemon if it runs: for
@@ -42,26 +44,29 @@ impl Bus {
             && let Ok(stream) = UnixStream::connect(PRIVATE_SOCKET)
             && let Ok(connection) = Builder::unix_stream(stream).p2p().build().await
         {
-            return Self::on(connection).await;
+            return Self::on(connection, true).await;
         }
         Self::connect(address).await
     }
 
-    async fn on(connection: Connection) -> Result<Self, Trouble> {
+    async fn on(connection: Connection, private: bool) -> Result<Self, Trouble> {
         let manager = ManagerProxy::builder(&connection)
             .destination(BUS_NAME)
             .cache_properties(CacheProperties::No)
             .build()
             .await?;
-        Ok(Self { manager })
+        Ok(Self { manager, private })
     }
 
     pub(crate) fn connection(&self) -> &Connection {
         self.manager.inner().connection()
     }
 
-    /// Says on standard error if the devices shown are no real ones.
+    /// Says on standard error if the devices shown are no real ones, which are served on a bus alone.
     pub(crate) async fn note_simulation(&self) {
+        if self.private {
+            return;
+        }
         // A daemon that does not know the property is older than simulations.
         let name = self.manager.simulated().await.unwrap_or_default();
         if !name.is_empty() {
