@@ -12,12 +12,14 @@ use vfiod::history::Event;
 use vfiod::lease::{Lease, State};
 use vfiod::ledger::Ledger;
 use vfiod::request::{AttachOptions, HistoryOptions, ReleaseOptions};
-use vfiod_tests::sim::{Described, Sim, WORKSTATION};
+use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim, WORKSTATION};
 use vfiod_tests::trial::{self, Setting, eventually};
 
 /// The GPU of the workstation and its audio function, neither with a serial number.
 const GPU: &str = "0000:01:00.0";
 const AUDIO: &str = "0000:01:00.1";
+/// Its own sound, which cannot be reset.
+const SOUND: &str = "0000:00:1f.3";
 /// Its network card, with a serial number, and the root port above that.
 const NIC: &str = "0000:06:00.0";
 const SERIAL: &str = "serial = 0x00e0_4cff_ff68_0001";
@@ -101,6 +103,42 @@ fn a_lease_goes_on_when_its_device_is_quarantined() {
     assert_eq!(broker.lease(&lease.id).unwrap().state, State::Active);
     broker.release(&lease.id, &ReleaseOptions::default()).unwrap();
     assert_eq!(attach(&broker, GPU).unwrap_err().kind(), Some(ErrorKind::Quarantined));
+}
+
+#[test]
+fn who_was_promised_a_device_before_its_quarantine_is_no_fault_of_the_history() {
+    let (sim, dir) = (host(&[]), tempfile::tempdir().unwrap());
+    let (broker, _changes) = daemon(&sim, dir.path());
+    sim.arm(Fault {
+        on: Operation::Bind,
+        device: Some(at(GPU)),
+        nth: 1,
+        effect: Effect::BlockForever,
+    });
+    let lease = std::thread::scope(|scope| {
+        let attached = scope.spawn(|| attach(&broker, GPU));
+        assert!(eventually(|| sim.is_blocked()), "it never began");
+        broker.quarantine(GPU, "it smells", 7).unwrap();
+        sim.let_go();
+        attached.join().unwrap().unwrap()
+    });
+    let entries = broker.history(&HistoryOptions::default()).unwrap();
+    let told: Vec<_> = entries.iter().map(|entry| (entry.event, entry.lease.as_ref())).collect();
+    let lease = Some(&lease.id);
+    assert_eq!(told, [(Event::Quarantined, lease), (Event::Attached, lease)]);
+    assert_eq!(broker.check_history().unwrap().faults, [""; 0]);
+}
+
+#[test]
+fn what_only_one_tenant_may_have_is_no_fault_when_it_has_it_again() {
+    let (sim, dir) = (host(&[]), tempfile::tempdir().unwrap());
+    let (broker, _changes) = daemon(&sim, dir.path());
+    for _ in 0..2 {
+        let lease = attach(&broker, SOUND).unwrap();
+        broker.release(&lease.id, &ReleaseOptions::default()).unwrap();
+        assert_eq!(quarantined(&broker), [SOUND], "it can be reset");
+    }
+    assert_eq!(broker.check_history().unwrap().faults, [""; 0]);
 }
 
 #[test]

@@ -51,7 +51,7 @@ pub struct Entry {
     pub time: u64,
     /// What.
     pub event: Event,
-    /// The lease it happened to.
+    /// The lease it happened to, or which had the devices that are not trusted any more, and goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<String>,
     /// That lease's tenant.
@@ -72,6 +72,9 @@ pub struct Entry {
     /// When the lease that ended was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
+    /// The tenant who may have devices all the same that are not trusted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub but_for: Option<String>,
     /// What was done so that nothing of the lease's tenant is left.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cleaned: Vec<Cleaned>,
@@ -139,6 +142,7 @@ impl Entry {
             mediated,
             text,
             since: None,
+            but_for: None,
             cleaned: Vec::new(),
             number: 0,
             chain: String::new(),

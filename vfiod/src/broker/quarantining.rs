@@ -106,7 +106,7 @@ impl Broker {
                     Some(known) => *known = Distrusted { since: known.since, ..new },
                     None => data.distrusted.push(new),
                 }
-                news.push(function.address);
+                news.push((function.address, data.holder(function.address).map(|l| l.id.clone())));
             }
             (data.distrusted.clone(), news)
         };
@@ -114,15 +114,35 @@ impl Broker {
             return Ok(());
         }
         let written = quarantine.write(&devices).map_err(unwritten);
+        // On record in the order in which they came, so before the next one may begin.
+        self.record_quarantined(&news, reason, by, but_for);
         drop(quarantine);
-        if news.is_empty() {
-            return written;
+        let news: Vec<PciAddress> = news.into_iter().map(|(device, _)| device).collect();
+        if !news.is_empty() {
+            warn!(devices = ?news, reason, by, "quarantined");
+            self.tell_quarantine_changed(&news);
         }
-        warn!(devices = ?news, reason, by, "quarantined");
-        self.tell_quarantine_changed(&news);
-        let text = format!("by {}: {reason}", by.map_or("vfiod".into(), |id| format!("user {id}")));
-        self.record(&Entry::now(Event::Quarantined, news, text));
         written
+    }
+
+    /// An entry for each lease that has some of the devices, which was made before and keeps them.
+    fn record_quarantined(
+        &self,
+        news: &[(PciAddress, Option<String>)],
+        reason: &str,
+        by: Option<u32>,
+        but_for: Option<&str>,
+    ) {
+        let mut of: BTreeMap<&Option<String>, Vec<PciAddress>> = BTreeMap::new();
+        for (device, lease) in news {
+            of.entry(lease).or_default().push(*device);
+        }
+        let text = format!("by {}: {reason}", by.map_or("vfiod".into(), |id| format!("user {id}")));
+        for (lease, devices) in of {
+            let entry = Entry::now(Event::Quarantined, devices, text.clone());
+            let but_for = but_for.map(str::to_owned);
+            self.record(&Entry { lease: lease.clone(), but_for, ..entry });
+        }
     }
 
     /// Trusts a device again. Answers whether it was not trusted; a device that is not there is
@@ -142,13 +162,14 @@ impl Broker {
             return Ok(false);
         }
         quarantine.write(&kept).map_err(unwritten)?;
+        let reasons: Vec<&str> = cleared.iter().map(|entry| entry.reason.as_str()).collect();
+        let text = format!("by user {by}; it was: {}", reasons.join("; "));
+        // On record before anybody can be given it.
+        self.record(&Entry::now(Event::Cleared, vec![address], text));
         self.data().distrusted = kept;
         drop(quarantine);
         info!(device = %address, by, "quarantine cleared");
         self.tell_quarantine_changed(&[address]);
-        let reasons: Vec<&str> = cleared.iter().map(|entry| entry.reason.as_str()).collect();
-        let text = format!("by user {by}; it was: {}", reasons.join("; "));
-        self.record(&Entry::now(Event::Cleared, vec![address], text));
         Ok(true)
     }
 

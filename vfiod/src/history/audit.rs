@@ -26,8 +26,18 @@ struct Standing {
     last: Option<String>,
     /// Why nothing says that it is clean.
     unclean: Option<String>,
-    /// The entry by which it is in quarantine.
-    quarantined: Option<u64>,
+    quarantined: Option<Quarantined>,
+}
+
+/// Why a function is not to be given, but for some.
+#[derive(Debug)]
+struct Quarantined {
+    /// The entry since which it is in quarantine.
+    since: u64,
+    /// The lease that had it by then, which may have been on the way and be given it yet.
+    had: Option<String>,
+    /// The tenant who may have it all the same.
+    but_for: Option<String>,
 }
 
 impl Audit {
@@ -57,8 +67,10 @@ impl Audit {
             Event::Released | Event::Failed | Event::Recovered => self.end(entry),
             Event::Quarantined => {
                 for device in &entry.devices {
-                    let standing = self.functions.entry(*device).or_default();
-                    standing.quarantined.get_or_insert(entry.number);
+                    let quarantined = &mut self.functions.entry(*device).or_default().quarantined;
+                    let since = quarantined.as_ref().map_or(entry.number, |before| before.since);
+                    let (had, but_for) = (entry.lease.clone(), entry.but_for.clone());
+                    *quarantined = Some(Quarantined { since, had, but_for });
                 }
             }
             // By somebody who answers for it, or because it was cleaned after all.
@@ -82,7 +94,11 @@ impl Audit {
             if let Some(other) = standing.held.as_ref().filter(|other| **other != lease) {
                 fault(format!("while lease {other} has it"));
             }
-            if let Some(since) = standing.quarantined {
+            let barring = standing.quarantined.as_ref().filter(|quarantined| {
+                let spared = quarantined.but_for.is_some() && quarantined.but_for == entry.tenant;
+                !spared && quarantined.had.as_ref() != Some(&lease)
+            });
+            if let Some(Quarantined { since, .. }) = barring {
                 fault(format!("though it is in quarantine since entry {since}"));
             }
             if let Some(why) = &standing.unclean {
@@ -206,7 +222,20 @@ mod tests {
         let quarantined = about(Event::Quarantined);
         let found = faults(&[quarantined.clone(), given("a")]);
         assert!(found.len() == 1 && found[0].contains("in quarantine since entry 0"), "{found:?}");
-        assert_eq!(faults(&[quarantined, about(Event::Cleared), given("a")]), [""; 0]);
+        assert_eq!(faults(&[quarantined.clone(), about(Event::Cleared), given("a")]), [""; 0]);
+        // It was on its way to whom it was promised before.
+        let late = Entry { lease: Some("a".into()), ..quarantined.clone() };
+        assert_eq!(faults(&[late.clone(), given("a")]), [""; 0]);
+        let then = ended("a", Event::Released, Reset::Alone);
+        let found = faults(&[late, given("a"), then, given("b")]);
+        assert!(found.len() == 1 && found[0].contains("since entry 0"), "{found:?}");
+        // Only who left something in it may have it again, until somebody knows better.
+        let kept = Entry { but_for: Some("alice".into()), ..quarantined.clone() };
+        assert_eq!(faults(&[kept.clone(), given("a")]), [""; 0]);
+        let bobs = Entry { tenant: Some("bob".into()), ..given("b") };
+        let found = faults(&[kept.clone(), bobs]);
+        assert!(found.len() == 1 && found[0].contains("since entry 0"), "{found:?}");
+        assert_eq!(faults(&[kept, quarantined, given("a")]).len(), 1);
         let found = faults(&[given("a"), given("b")]);
         assert!(found.len() == 1 && found[0].contains("while lease a has it"), "{found:?}");
     }
