@@ -4,7 +4,7 @@
 use std::fmt;
 use std::process::ExitCode;
 
-use libvfio::client::{CheckedRecord, HistoryRecord, Options};
+use libvfio::client::{CheckedRecord, CleanedRecord, HistoryRecord, Options};
 use libvfio::error::ErrorKind;
 use serde_json::{Value, json};
 
@@ -29,33 +29,70 @@ pub(crate) async fn run(bus: &Bus, lease: &str, out: &Output) -> Result<ExitCode
     let options = Options::from([("lease", lease.into()), ("last", u32::MAX.into())]);
     let reply = bus.ask("ListHistory", &(options,)).await?;
     let entries: Vec<HistoryRecord> = reply.read()?;
-    let end = entries.iter().rposition(|entry| !entry.cleaned.is_empty());
-    let Some(end) = end else {
+    let Some(end) = end(&entries) else {
         return Err(Trouble::new(
             ErrorKind::NotFound,
             format!(
-                "no lease {lease} that somebody had is known to have ended; see 'vfioctl leases'"
+                "no lease {lease} that somebody had is known to have ended; see 'vfioctl history', \
+                 and for those that have not ended 'vfioctl leases'"
             ),
         ));
     };
     let checked = bus.ask("CheckHistory", &()).await?;
     let (entry, whole) = (&entries[end], checked.read::<CheckedRecord>()?);
-    let clean = entry.cleaned.iter().all(|c| is_clean(&c.reset, &c.scrub));
+    let clean = Clean::of(entry);
     if out.json {
         let entry = match reply.json()? {
             Value::Array(mut all) => all.swap_remove(end),
             other => other,
         };
-        print_json(&json!({ "clean": clean, "entry": entry, "history": checked.json()? }))?;
+        print_json(
+            &json!({ "clean": clean.is_clean(), "entry": entry, "history": checked.json()? }),
+        )?;
     } else {
         print(&Certificate { entry, checked: &whole, clean }.to_string())?;
     }
-    Ok(exit(clean && whole.faults.is_empty()))
+    Ok(exit(clean.is_clean() && whole.faults.is_empty()))
 }
 
-/// Whether a function was reset and nothing known of it was left.
-fn is_clean(reset: &str, scrub: &str) -> bool {
-    matches!(reset, "alone" | "bus") && matches!(scrub, "zeros" | "erased" | "command" | "unknown")
+/// The entry by which a lease that somebody had has ended: the last that says how it was cleaned, or
+/// the last there is.
+fn end(entries: &[HistoryRecord]) -> Option<usize> {
+    let had = entries.iter().any(|entry| entry.event == "attached");
+    let cleaned = entries.iter().rposition(|entry| !entry.cleaned.is_empty());
+    cleaned.or_else(|| entries.iter().rposition(|entry| had && entry.since.is_some()))
+}
+
+/// What is known of how clean a lease's devices are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Clean {
+    /// Each was reset, and its memory cleared.
+    All,
+    /// Each was reset, and of some no memory is known that one could clear.
+    AsKnown,
+    /// Something was left out, has failed, or is not known.
+    No,
+}
+
+impl Clean {
+    fn of(entry: &HistoryRecord) -> Self {
+        let each = |c: &CleanedRecord| match (c.reset.as_str(), c.scrub.as_str()) {
+            ("alone" | "bus", "zeros" | "erased" | "command") => Self::All,
+            ("alone" | "bus", "unknown") => Self::AsKnown,
+            _ => Self::No,
+        };
+        let all: Vec<Self> = entry.cleaned.iter().map(each).collect();
+        match all.as_slice() {
+            // Of mediated devices only their driver knows.
+            all if all.len() < entry.devices.len() || all.contains(&Self::No) => Self::No,
+            all if all.contains(&Self::AsKnown) => Self::AsKnown,
+            _ => Self::All,
+        }
+    }
+
+    fn is_clean(self) -> bool {
+        self != Self::No
+    }
 }
 
 fn exit(well: bool) -> ExitCode {
@@ -78,7 +115,9 @@ impl fmt::Display for Checked<'_> {
                     "all {entries} entries are as they were written; newest {newest} {chain}"
                 )
             }
-            (false, _) => writeln!(f, "the history is not what was written"),
+            (false, _) => {
+                writeln!(f, "the history is not what was written, or not as it should be")
+            }
         }
     }
 }
@@ -87,7 +126,7 @@ impl fmt::Display for Checked<'_> {
 struct Certificate<'a> {
     entry: &'a HistoryRecord,
     checked: &'a CheckedRecord,
-    clean: bool,
+    clean: Clean,
 }
 
 impl fmt::Display for Certificate<'_> {
@@ -109,11 +148,20 @@ impl fmt::Display for Certificate<'_> {
                 writeln!(f, "  less than the default: {weaker}")?;
             }
         }
+        let told = |device: &&String| self.entry.cleaned.iter().all(|c| c.device != **device);
+        for device in self.entry.devices.iter().filter(told) {
+            writeln!(f, "  {device} taken back, and nothing is known of its memory")?;
+        }
         writeln!(f, "  entry {number} {chain}")?;
-        let verdict = match (self.clean, self.checked.faults.is_empty()) {
-            (true, true) => "clean, and on record as it was written",
-            (false, true) => "NOT clean, and on record as it was written",
-            (_, false) => "not certain: the history is not what was written",
+        let clean = match self.clean {
+            Clean::All => "clean",
+            Clean::AsKnown => "clean as far as it is known how",
+            Clean::No => "NOT clean, as far as is known",
+        };
+        let verdict = if self.checked.faults.is_empty() {
+            format!("{clean}; on record as it was written")
+        } else {
+            "not certain: see 'vfioctl history --check'".to_owned()
         };
         writeln!(f, "  {verdict}")
     }
@@ -121,40 +169,71 @@ impl fmt::Display for Certificate<'_> {
 
 #[cfg(test)]
 mod tests {
-    use libvfio::client::CleanedRecord;
-
     use super::*;
 
-    #[test]
-    fn a_certificate_says_what_was_done_and_what_that_amounts_to() {
-        let cleaned = |reset: &str, scrub: &str| CleanedRecord {
+    fn cleaned(reset: &str, scrub: &str) -> CleanedRecord {
+        CleanedRecord {
             device: "0000:03:00.0".into(),
             reset: reset.into(),
             scrub: scrub.into(),
             weaker: None,
-        };
-        let entry = HistoryRecord {
+        }
+    }
+
+    fn ended(cleaned: Vec<CleanedRecord>) -> HistoryRecord {
+        HistoryRecord {
+            event: "released".into(),
             lease: Some("3f9a2c81".into()),
             tenant: Some("alice".into()),
+            devices: vec!["0000:03:00.0".into()],
             since: Some(1_795_790_183),
             time: 1_795_790_283,
-            cleaned: vec![cleaned("bus", "zeros")],
+            cleaned,
             number: 7,
             chain: "c0ffee".into(),
             ..HistoryRecord::default()
-        };
-        let checked = CheckedRecord::default();
-        let text = Certificate { entry: &entry, checked: &checked, clean: true }.to_string();
+        }
+    }
+
+    fn told(entry: &HistoryRecord) -> String {
+        let (checked, clean) = (&CheckedRecord::default(), Clean::of(entry));
+        let text = Certificate { entry, checked, clean }.to_string();
+        anstream::adapter::strip_str(&text).to_string()
+    }
+
+    #[test]
+    fn a_certificate_says_what_was_done_and_what_that_amounts_to() {
         assert_eq!(
-            anstream::adapter::strip_str(&text).to_string(),
+            told(&ended(vec![cleaned("bus", "zeros")])),
             "lease 3f9a2c81 of alice\n\
              \u{20} from 2026-11-27 14:36:23 to 2026-11-27 14:38:03 UTC, 100 s\n\
              \u{20} 0000:03:00.0 reset by its bus, memory zeroed\n\
              \u{20} entry 7 c0ffee\n\
-             \u{20} clean, and on record as it was written\n"
+             \u{20} clean; on record as it was written\n"
         );
-        assert!(is_clean("alone", "unknown") && is_clean("alone", "erased"));
-        assert!(!is_clean("none", "zeros") && !is_clean("bus", "none"));
-        assert!(!is_clean("impossible", "zeros") && !is_clean("bus", "skipped"));
+        let known = |reset, scrub| Clean::of(&ended(vec![cleaned(reset, scrub)]));
+        assert_eq!(known("alone", "erased"), Clean::All);
+        assert_eq!(known("alone", "unknown"), Clean::AsKnown);
+        for (reset, scrub) in
+            [("none", "zeros"), ("bus", "none"), ("impossible", "zeros"), ("bus", "skipped")]
+        {
+            assert_eq!(known(reset, scrub), Clean::No, "{reset} {scrub}");
+        }
+        // A reset is not said to have cleared what nobody knows how to clear.
+        let text = told(&ended(vec![cleaned("alone", "unknown")]));
+        assert!(text.contains("no memory known to clear\n"), "{text}");
+        assert!(text.contains("clean as far as it is known how;"), "{text}");
+    }
+
+    #[test]
+    fn nothing_is_certified_of_mediated_devices() {
+        let attached = HistoryRecord { event: "attached".into(), ..HistoryRecord::default() };
+        let uuid = "c2177883-f1bb-47f0-914d-32a22e3a8804";
+        let part = HistoryRecord { devices: vec![uuid.into()], ..ended(Vec::new()) };
+        assert_eq!(end(&[attached, part.clone()]), Some(1));
+        assert_eq!(Clean::of(&part), Clean::No);
+        assert!(told(&part).contains("nothing is known of its memory"));
+        // One that nobody had has not ended.
+        assert_eq!(end(&[part]), None);
     }
 }
