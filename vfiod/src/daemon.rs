@@ -24,7 +24,7 @@ use crate::broker::Broker;
 use crate::memory;
 use crate::service::Service;
 use crate::simulation::{self, Simulation};
-use crate::stores::Stores;
+use crate::stores::{CONFIG, RULES, STATE, Stores};
 use crate::transition::Means;
 use crate::uevent::{Hint, Subject, Uevents};
 use crate::worker::{self, Deadline, Deadlines, Reader, Workers};
@@ -42,11 +42,6 @@ const MOST_THREADS: usize = 4096;
 /// used of its stack stays in memory.
 const WAITING: Duration = Duration::from_secs(2);
 
-/// Where the policy is.
-const CONFIG: &str = "/etc/vfiod";
-/// What it becomes: before the rules that load modules (`80-drivers.rules`).
-const RULES: &str = "/etc/udev/rules.d/10-vfiod.rules";
-
 /// What is below the options in `--help` and in the manual page.
 const MORE: &str = "\
 Files:
@@ -54,7 +49,9 @@ Files:
   /run/vfiod/leases/ID.json       a lease, and in ID.old as it was one step before
   /var/lib/vfiod/quarantine.json  devices not trusted; the same in quarantine.json.copy
   /var/lib/vfiod/history.jsonl    what became of leases, and before that in history.jsonl.1
+  /var/lib/vfiod/history.head     the newest entry of these, by which a missing one is noticed
   /var/lib/vfiod/policy-met.json  who was at the addresses that the policy names
+  /var/lib/vfiod/initramfs/KERNEL what an initial file system was given of the policy
   /etc/vfiod/vfiod.toml           the policy, with vfiod.toml.d/*.toml beside it
   /etc/udev/rules.d/10-vfiod.rules  what the policy becomes for the next boot
   *.unreadable                    what was found in place of a lease or of a quarantine
@@ -75,20 +72,26 @@ See also:
 /// Serves org.vfiod1 on the system bus: brings whole IOMMU groups to VFIO for a tenant, remembers
 /// who has what, and gives every function back to the driver it had. systemd starts it.
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = MORE, args_conflicts_with_subcommands = true)]
+#[command(
+    version,
+    about,
+    after_help = MORE,
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true
+)]
 pub struct Args {
     /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
-    /// Serve a simulated host instead, without any device: workstation, hgx8, scale, xe, vgpu, or the file
-    /// that describes it; needs --bus
+    /// Serve a simulated host instead, without any device: workstation, hgx8, scale, xe, vgpu,
+    /// mediated, or the file that describes it; needs --bus
     #[arg(long, value_name = "HOST", conflicts_with = "root")]
     simulate: Option<String>,
     /// Where leases are kept through restarts
     #[arg(long, value_name = "DIR", default_value = "/run/vfiod/leases")]
     leases: PathBuf,
     /// Where what outlives the host's restart is kept: devices not trusted, and history
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/vfiod")]
+    #[arg(long, value_name = "DIR", default_value = STATE)]
     state: PathBuf,
     /// Where the policy is: vfiod.toml and vfiod.toml.d [default: /etc/vfiod, none with --simulate
     /// or --root]

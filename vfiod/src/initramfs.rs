@@ -10,6 +10,7 @@ use libvfio::host::HostRoot;
 use libvfio::policy;
 
 use crate::durable;
+use crate::met::Met;
 
 /// Programs that make them, and what makes all of them anew.
 const GENERATORS: [(&str, &str); 2] = [
@@ -19,26 +20,24 @@ const GENERATORS: [(&str, &str); 2] = [
 
 /// What is taken into an initial file system, and what was.
 #[derive(Debug, Clone)]
-pub(crate) struct Initramfs<'a> {
-    /// The file of udev's rules. Without any nothing is taken.
-    pub(crate) rules: &'a Path,
+pub struct Initramfs<'a> {
+    /// udev's rules as they are, or shall be. Without any nothing is taken.
+    pub rules: &'a [u8],
     /// The directory of the policy.
-    pub(crate) policy: &'a Path,
-    /// The file of devices met.
-    pub(crate) met: &'a Path,
-    /// The directory with what was taken, in a file for each kernel.
-    pub(crate) taken: PathBuf,
+    pub policy: &'a Path,
+    /// The devices met, and beside them what was taken.
+    pub met: &'a Met,
 }
 
 impl Initramfs<'_> {
-    /// What to run where a kernel's has something else than it would be given now. `None` too where
-    /// no program is known that makes them.
-    pub(crate) fn outdated(&self, host: &HostRoot) -> io::Result<Option<&'static str>> {
+    /// What to run where a kernel's has something else than it would be given with these rules. `None`
+    /// too where no program is known that makes them. An error is one of reading the files.
+    pub fn outdated(&self, host: &HostRoot) -> io::Result<Option<&'static str>> {
         let there = |(program, _): &&(&str, &str)| host.path(program).exists();
         let Some((_, command)) = GENERATORS.iter().find(there) else { return Ok(None) };
         let now = self.now()?;
         for kernel in self.kernels(host)? {
-            let taken = durable::read(&self.taken.join(kernel))?.unwrap_or_default();
+            let taken = durable::read(&self.taken().join(kernel))?.unwrap_or_default();
             if taken != now {
                 return Ok(Some(command));
             }
@@ -46,13 +45,18 @@ impl Initramfs<'_> {
         Ok(None)
     }
 
+    /// The directory with what was taken, in a file for each kernel.
+    fn taken(&self) -> PathBuf {
+        self.met.path().with_file_name("initramfs")
+    }
+
     /// What a hook would take now, one file after another.
     fn now(&self) -> io::Result<Vec<u8>> {
-        let mut now = durable::read(self.rules)?.unwrap_or_default();
+        let mut now = self.rules.to_vec();
         if !now.is_empty() {
             let sources = policy::sources(self.policy)?;
             now.extend(sources.into_iter().flat_map(|source| source.text.into_bytes()));
-            now.extend(durable::read(self.met)?.unwrap_or_default());
+            now.extend(durable::read(self.met.path())?.unwrap_or_default());
         }
         Ok(now)
     }
@@ -62,7 +66,7 @@ impl Initramfs<'_> {
         let running = host.proc("sys/kernel/osrelease").map_err(io::Error::other)?;
         let mut kernels: BTreeSet<String> =
             running.into_iter().map(|text| text.trim().to_owned()).collect();
-        let entries = match std::fs::read_dir(&self.taken) {
+        let entries = match std::fs::read_dir(self.taken()) {
             Ok(entries) => entries.collect::<io::Result<Vec<_>>>()?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error),
@@ -83,35 +87,35 @@ mod tests {
     fn what_a_kernel_has_is_compared_with_what_it_would_be_given() {
         let dir = tempfile::tempdir().unwrap();
         let at = |path: &str| dir.path().join(path);
-        for path in ["proc/sys/kernel", "lib/modules/6.12", "usr/sbin", "vfiod.toml.d", "taken"] {
+        for path in ["proc/sys/kernel", "lib/modules/6.12", "usr/sbin", "vfiod.toml.d", "initramfs"]
+        {
             fs::create_dir_all(at(path)).unwrap();
         }
         fs::write(at("proc/sys/kernel/osrelease"), "6.12\n").unwrap();
-        let (host, rules, met) = (HostRoot::new(dir.path()), at("rules"), at("met"));
-        let initramfs =
-            Initramfs { rules: &rules, policy: dir.path(), met: &met, taken: at("taken") };
-        let outdated = || initramfs.outdated(&host).unwrap();
+        let (host, met) = (HostRoot::new(dir.path()), Met::open(dir.path()));
+        let with = |rules: &str| {
+            let initramfs = Initramfs { rules: rules.as_bytes(), policy: dir.path(), met: &met };
+            initramfs.outdated(&host).unwrap()
+        };
 
-        fs::write(&rules, "R").unwrap();
-        assert_eq!(outdated(), None, "nobody makes any here");
+        assert_eq!(with("R"), None, "nobody makes any here");
         fs::write(at("usr/sbin/update-initramfs"), "").unwrap();
-        assert_eq!(outdated(), Some("update-initramfs -u -k all"), "it has no rules yet");
+        assert_eq!(with("R"), Some("update-initramfs -u -k all"), "it has no rules yet");
         for (path, text) in
             [("vfiod.toml", "a"), ("vfiod.toml.d/2.toml", "c"), ("vfiod.toml.d/1.toml", "b")]
         {
             fs::write(at(path), text).unwrap();
         }
-        fs::write(&met, "M").unwrap();
-        fs::write(at("taken/6.12"), "RabcM").unwrap();
-        assert_eq!(outdated(), None);
-        fs::write(&met, "N").unwrap();
-        assert!(outdated().is_some(), "devices were met");
-        fs::remove_file(&rules).unwrap();
-        assert!(outdated().is_some(), "it has rules of a policy that is no more");
-        fs::remove_file(at("taken/6.12")).unwrap();
-        fs::write(at("taken/6.1"), "old").unwrap();
-        assert_eq!(outdated(), None, "a kernel that is no more counts");
+        fs::write(met.path(), "M").unwrap();
+        fs::write(at("initramfs/6.12"), "RabcM").unwrap();
+        assert_eq!(with("R"), None);
+        fs::write(met.path(), "N").unwrap();
+        assert!(with("R").is_some(), "devices were met");
+        assert!(with("").is_some(), "it has rules of a policy that is no more");
+        fs::remove_file(at("initramfs/6.12")).unwrap();
+        fs::write(at("initramfs/6.1"), "old").unwrap();
+        assert_eq!(with(""), None, "a kernel that is no more counts");
         fs::create_dir(at("lib/modules/6.1")).unwrap();
-        assert!(outdated().is_some(), "another kernel does not count");
+        assert!(with("").is_some(), "another kernel does not count");
     }
 }

@@ -3,8 +3,8 @@
 //! [`broker`] decides and remembers, [`service`] speaks D-Bus, [`transition`] has steps carried out
 //! by [`worker`] processes, [`ledger`] keeps leases through restarts, [`quarantine`] remembers
 //! devices not trusted, [`met`] devices in their places, [`history`] what happened, [`boot`] what
-//! became of the policy at boot, `initramfs` what of it the next one begins with, [`owner`] waits for
-//! whom leases end with, [`authority`] asks who may, [`uevent`] listens, [`libvirt`] reads domains,
+//! became of the policy at boot, [`initramfs`] what of it the next one begins with, [`owner`] waits
+//! for whom leases end with, [`authority`] asks who may, [`uevent`] listens, [`libvirt`] reads domains,
 //! [`simulation`] offers a host without devices, `memory` gives back what is free.
 
 pub mod authority;
@@ -18,7 +18,7 @@ mod crash;
 pub mod daemon;
 mod durable;
 pub mod history;
-mod initramfs;
+pub mod initramfs;
 pub mod lease;
 pub mod ledger;
 pub mod libvirt;

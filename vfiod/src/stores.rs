@@ -9,6 +9,13 @@ use crate::ledger::Ledger;
 use crate::met::Met;
 use crate::quarantine::Quarantine;
 
+/// Where the policy is.
+pub const CONFIG: &str = "/etc/vfiod";
+/// What it becomes: before the rules that load modules (`80-drivers.rules`).
+pub const RULES: &str = "/etc/udev/rules.d/10-vfiod.rules";
+/// Where what outlives the host's restart is kept.
+pub const STATE: &str = "/var/lib/vfiod";
+
 /// Everything that is kept.
 #[derive(Debug)]
 pub struct Stores {

@@ -12,14 +12,17 @@ use crate::pci::{Identity, Ids};
 /// Asks of one function what no rule can: prints its pool, or nothing.
 const ASK: &str = "/usr/libexec/vfiod-early %k";
 
-/// The text of the rules. `known` are the devices that the policy has met by their place: another
+/// The text of the rules, where some pool is on VFIO from boot on. `known` are the devices that the policy has met by their place: another
 /// one there is not meant. `aliases` are the `vfio_pci:` lines of the module table.
 pub fn rules(
     policy: &Policy,
     facts: &Facts,
     known: &BTreeMap<PciAddress, Identity>,
     aliases: &str,
-) -> String {
+) -> Option<String> {
+    if policy.pools.iter().all(|pool| pool.mode != Mode::Passthrough) {
+        return None;
+    }
     let mut text = String::from(
         "# Made from the policy in /etc/vfiod by vfiod; changes are lost. What is for guests goes to\n\
          # VFIO before a module loads that has a driver for it.\n\n\
@@ -78,7 +81,7 @@ pub fn rules(
              RUN{builtin}+=\"kmod load $env{VFIOD_DRIVER}\"\n",
         );
     }
-    text + "\nLABEL=\"vfiod_end\"\n"
+    Some(text + "\nLABEL=\"vfiod_end\"\n")
 }
 
 /// Patterns of variant drivers, such that of those that match the last is the one to take: that

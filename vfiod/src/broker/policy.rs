@@ -336,11 +336,8 @@ impl Broker {
     pub(super) fn write_rules(&self) {
         let Some(path) = &self.rules_at else { return };
         let looked = self.data().looked_at();
-        let passthrough = |pool: &Pool| pool.mode == Mode::Passthrough;
-        let text = looked.policy.pools.iter().any(passthrough).then(|| {
-            let aliases = &looked.inventory.vfio_aliases;
-            policy::rules(&looked.policy, &looked.facts, &looked.met, aliases)
-        });
+        let aliases = &looked.inventory.vfio_aliases;
+        let text = policy::rules(&looked.policy, &looked.facts, &looked.met, aliases);
         if let Err(error) = keep_file(path, text.as_deref()) {
             warn!(%error, path = %path.display(), "udev's rules are not those of the policy");
         }
@@ -434,8 +431,8 @@ impl Broker {
     /// not told of.
     pub(super) fn outdated_initramfs(&self) -> Option<String> {
         let (rules, policy, met) = (self.rules_at.as_ref()?, self.policy_in.as_ref()?, &self.met);
-        let taken = met.path().with_file_name("initramfs");
-        let initramfs = Initramfs { rules, policy, met: met.path(), taken };
+        let rules = durable::read(rules).ok()?.unwrap_or_default();
+        let initramfs = Initramfs { rules: &rules, policy, met };
         initramfs.outdated(self.host()).ok().flatten().map(str::to_owned)
     }
 

@@ -232,16 +232,25 @@ fn note(text: &str) -> String {
 
 /// That the next boot begins with another policy than this, if so.
 pub(crate) fn outdated(policy: &PolicyRecord) -> Option<String> {
-    let command = policy.initramfs.as_ref()?;
-    Some(note(&format!(
+    policy.initramfs.as_deref().map(outdated_by)
+}
+
+/// The same, where that is known by what to run.
+pub(crate) fn outdated_by(command: &str) -> String {
+    note(&format!(
         "the initial file system does not have this policy, and what is loaded there goes by what it \
          has; make it anew ({command})"
-    )))
+    ))
 }
 
 fn summary(policy: &PolicyRecord) -> String {
-    let count = |standing: &str| policy.units.iter().filter(|u| u.standing == standing).count();
     let all = policy.units.len();
+    if all == 0 && policy.files.is_empty() && policy.error.is_none() {
+        let none = "there is no policy; write one in /etc/vfiod/vfiod.toml ('vfioctl policy schema' \
+                    explains it, 'vfioctl policy import' proposes one)";
+        return format!("{none}\n");
+    }
+    let count = |standing: &str| policy.units.iter().filter(|u| u.standing == standing).count();
     let as_wanted = policy.units.iter().filter(|unit| unit.is_as_wanted()).count();
     let mut parts = vec![format!("{as_wanted} of {all} as the policy wants it")];
     let rest = ["to-do", "waits", "blocked", FAILED].map(|standing| (count(standing), standing));
@@ -352,6 +361,10 @@ mod tests {
         let policy = PolicyRecord { units: vec![waits, unit("done")], ..PolicyRecord::default() };
         assert_eq!(plain(&summary(&policy)), "1 of 2 as the policy wants it, 1 waits\n");
         assert_eq!(status_of(&policy), ErrorKind::AlreadyLeased.exit_status().into());
+        let none = PolicyRecord::default();
+        assert!(plain(&summary(&none)).starts_with("there is no policy; write one"));
+        let broken = PolicyRecord { error: Some("vfiod.toml:1:1: no".into()), ..none };
+        assert!(!plain(&summary(&broken)).contains("there is no policy"));
     }
 
     #[test]

@@ -3,11 +3,12 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use libvfio::error::ErrorKind;
 use libvfio::pci::class::ClassAlias;
+use vfiod::stores::CONFIG;
 
 use crate::shaping::Shaping;
 use crate::trouble::UNAVAILABLE;
@@ -263,7 +264,13 @@ pub(crate) struct AttachArgs {
     #[arg(long, value_name = "POOL", conflicts_with = "devices", group = "choosing")]
     pub(crate) pool: Option<String>,
     /// How many to choose
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "choosing")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        requires = "choosing",
+        value_parser = at_least_one()
+    )]
     pub(crate) count: u32,
     /// Who gets them: 1 to 64 letters, digits and . _ : @ + -
     #[arg(long, value_name = "TENANT", required_unless_present = "dry_run")]
@@ -372,7 +379,7 @@ pub(crate) struct LeasesArgs {
     #[arg(long)]
     pub(crate) history: bool,
     /// How many of the newest things that happened to list [default: 100]
-    #[arg(long, value_name = "N", requires = "history")]
+    #[arg(long, value_name = "N", requires = "history", value_parser = at_least_one())]
     pub(crate) last: Option<u32>,
 }
 
@@ -382,7 +389,7 @@ pub(crate) struct HistoryArgs {
     #[arg(value_name = "DEV", conflicts_with = "check")]
     pub(crate) device: Option<String>,
     /// How many of the newest [default: 100]
-    #[arg(long, value_name = "N", conflicts_with = "check")]
+    #[arg(long, value_name = "N", conflicts_with = "check", value_parser = at_least_one())]
     pub(crate) last: Option<u32>,
     /// Check that all entries are there, as they were written
     #[arg(long)]
@@ -412,7 +419,7 @@ pub(crate) enum VfAction {
         #[arg(value_name = "PF")]
         physical: String,
         /// How many there shall be
-        #[arg(value_name = "N")]
+        #[arg(value_name = "N", allow_negative_numbers = true)]
         count: u16,
         /// Show the steps and change nothing; exits as setting would
         #[arg(long)]
@@ -456,6 +463,8 @@ pub(crate) enum PolicyAction {
         root: PathBuf,
     },
     /// Print the udev rules that a policy becomes for the next boot
+    ///
+    /// Of the host's own policy it says, too, where an initial file system has another one.
     Compile(PolicyFiles),
 }
 
@@ -466,7 +475,7 @@ pub(crate) struct PolicyFiles {
     #[arg(value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
     /// Read the policy in this directory instead
-    #[arg(long, value_name = "DIR", default_value = "/etc/vfiod", conflicts_with = "files")]
+    #[arg(long, value_name = "DIR", default_value = CONFIG, conflicts_with = "files")]
     pub(crate) config: PathBuf,
     /// Look at the host described in this directory instead of the running one
     #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
@@ -520,6 +529,10 @@ pub(crate) enum Generated {
         #[arg(value_name = "DIR")]
         directory: PathBuf,
     },
+}
+
+fn at_least_one() -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
 }
 
 fn classes() -> impl TypedValueParser<Value = ClassAlias> {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use libvfio::client::Options;
@@ -13,7 +13,10 @@ use libvfio::inventory::Inventory;
 use libvfio::policy::import::{self, Found};
 use libvfio::policy::{self, Assignment, Facts, Policy, Pool, Problem, Role, Source, keys};
 use serde_json::{Value, json};
+use vfiod::initramfs::Initramfs;
 use vfiod::libvirt::Domain;
+use vfiod::met::Met;
+use vfiod::stores::{CONFIG, STATE};
 
 use crate::apply;
 use crate::args::{PolicyAction, PolicyFiles};
@@ -30,7 +33,7 @@ pub(crate) fn run(action: &PolicyAction, out: &Output) -> Result<ExitCode, Troub
         PolicyAction::Import { root } => {
             import(&HostRoot::new(root), out).map(|()| ExitCode::SUCCESS)
         }
-        PolicyAction::Compile(files) => compile(files).map(|()| ExitCode::SUCCESS),
+        PolicyAction::Compile(files) => compile(files, out).map(|()| ExitCode::SUCCESS),
         // Asked of the daemon.
         PolicyAction::Reload => Ok(ExitCode::SUCCESS),
     }
@@ -113,9 +116,36 @@ fn ends(path: &str, extension: &str) -> bool {
     Path::new(path).extension().is_some_and(|own| own == extension)
 }
 
-fn compile(files: &PolicyFiles) -> Result<(), Trouble> {
+fn compile(files: &PolicyFiles, out: &Output) -> Result<(), Trouble> {
     let Tried { policy, inventory, facts, .. } = on_host(files)?;
-    print(&policy::rules(&policy, &facts, &BTreeMap::new(), &inventory.vfio_aliases))
+    let host = HostRoot::new(&files.root);
+    // Whom the host's own policy has met, and what was taken of it, root alone can read.
+    let met = Met::open(&below(&host, STATE));
+    let own = files.files.is_empty() && files.config == below(&host, CONFIG);
+    let known = if own { met.load() } else { BTreeMap::new() };
+    let rules = policy::rules(&policy, &facts, &known, &inventory.vfio_aliases);
+    let taken = rules.as_deref().unwrap_or_default().as_bytes();
+    let initramfs = Initramfs { rules: taken, policy: &files.config, met: &met };
+    let outdated = if own { initramfs.outdated(&host).ok().flatten() } else { None };
+    if out.json {
+        let mut object = json!({"rules": rules.unwrap_or_default()});
+        if let Some(command) = outdated {
+            object["initramfs"] = command.into();
+        }
+        return print_json(&object);
+    }
+    if rules.is_none() {
+        anstream::eprintln!("no pool is on VFIO from boot on, so there are no rules");
+    }
+    if let Some(command) = outdated {
+        anstream::eprint!("{}", apply::outdated_by(command));
+    }
+    print(&rules.unwrap_or_default())
+}
+
+/// A path of the daemon's on a host that may be elsewhere.
+fn below(host: &HostRoot, path: &str) -> PathBuf {
+    host.path(path.trim_start_matches('/'))
 }
 
 /// A policy on a host.
@@ -131,7 +161,7 @@ fn sources(files: &PolicyFiles) -> Result<Vec<Source>, Trouble> {
     if files.files.is_empty() {
         return policy::sources(&files.config).map_err(|error| unread(error.to_string()));
     }
-    let read = |path: &std::path::PathBuf| {
+    let read = |path: &PathBuf| {
         let text = fs::read_to_string(path);
         let text = text.map_err(|e| unread(format!("cannot read {}: {e}", path.display())))?;
         Ok(Source { name: path.display().to_string(), text })
