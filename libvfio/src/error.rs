@@ -108,7 +108,7 @@ pub enum Error {
         nearest: Option<String>,
     },
     /// More than one function has that name.
-    #[error("'{name}' is ambiguous; name one of {}", candidates.join(", "))]
+    #[error("'{name}' is ambiguous; name one of {}", some_of(candidates))]
     Ambiguous {
         /// What was asked for.
         name: String,
@@ -176,6 +176,18 @@ fn hint(nearest: Option<&String>) -> String {
     nearest.map(|name| format!("; did you mean {name}?")).unwrap_or_default()
 }
 
+/// As many of some names as one reads, and how many more there are.
+fn some_of(names: &[String]) -> String {
+    const READ: usize = 8;
+    match names.len().checked_sub(READ) {
+        None | Some(0) => names.join(", "),
+        Some(more) => {
+            let (some, _) = names.split_at(READ);
+            format!("{} and {more} more, which 'vfioctl list' has", some.join(", "))
+        }
+    }
+}
+
 /// Of some names, the one most like `name`, if any is alike at all.
 pub(crate) fn nearest<T: AsRef<str>>(name: &str, known: impl IntoIterator<Item = T>) -> Option<T> {
     known
@@ -199,5 +211,15 @@ mod tests {
         assert_eq!(ErrorKind::InvalidArgument.exit_status(), 2);
         assert_eq!(ErrorKind::NotFound.exit_status(), 3);
         assert_eq!(ErrorKind::Unsupported.exit_status(), 14);
+    }
+
+    #[test]
+    fn of_many_that_one_may_mean_some_are_named() {
+        let text = |count: usize| {
+            let candidates = (0..count).map(|n| n.to_string()).collect();
+            Error::Ambiguous { name: "nic".into(), candidates }.to_string()
+        };
+        assert!(text(8).ends_with("one of 0, 1, 2, 3, 4, 5, 6, 7"), "{}", text(8));
+        assert!(text(9801).ends_with("6, 7 and 9793 more, which 'vfioctl list' has"));
     }
 }

@@ -219,23 +219,7 @@ impl Inventory {
     /// The function a person means: an address, `vendor:device` or a class alias, the latter two
     /// where just one function answers to them.
     pub fn resolve(&self, name: &str) -> Result<PciAddress, Error> {
-        if let Ok(address) = name.parse() {
-            let missing = || Error::NotFound { name: name.to_owned(), nearest: self.nearest(name) };
-            return self.get(address).map(|f| f.address).ok_or_else(missing);
-        }
-        let matches: Box<dyn Fn(&Function) -> bool> = if let Some((vendor, device)) = id_pair(name)
-        {
-            Box::new(move |f| f.ids.vendor == Some(vendor) && f.ids.device == Some(device))
-        } else if let Ok(alias) = name.parse::<ClassAlias>() {
-            Box::new(move |f| f.ids.class.is_some_and(|class| alias.matches(class)))
-        } else {
-            // Whoever reads the error need not be who made the name up.
-            let name = plain(&name.chars().take(64).collect::<String>());
-            return Err(Error::BadName { nearest: self.nearest(&name), name });
-        };
-        let found: Vec<&Function> =
-            self.functions.values().map(Arc::as_ref).filter(|f| matches(f)).collect();
-        match found.as_slice() {
+        match self.answering(name)?.as_slice() {
             [] => Err(Error::NotFound { name: name.to_owned(), nearest: None }),
             [one] => Ok(one.address),
             many => Err(Error::Ambiguous {
@@ -248,12 +232,41 @@ impl Inventory {
         }
     }
 
-    /// The address or alias most like `name`, if any is alike at all.
+    /// All functions that answer to an address, `vendor:device` or a class alias, by address. An
+    /// address that nothing has is an error, as is what is none of these.
+    pub fn answering(&self, name: &str) -> Result<Vec<&Function>, Error> {
+        if let Ok(address) = name.parse() {
+            let missing = || Error::NotFound { name: name.to_owned(), nearest: self.nearest(name) };
+            return self.get(address).map(|f| vec![f.as_ref()]).ok_or_else(missing);
+        }
+        let matches: Box<dyn Fn(&Function) -> bool> = if let Some((vendor, device)) = id_pair(name)
+        {
+            Box::new(move |f| f.ids.vendor == Some(vendor) && f.ids.device == Some(device))
+        } else if let Ok(alias) = name.parse::<ClassAlias>() {
+            Box::new(move |f| f.ids.class.is_some_and(|class| alias.matches(class)))
+        } else {
+            // Whoever reads the error need not be who made the name up.
+            let name = plain(&name.chars().take(64).collect::<String>());
+            return Err(Error::BadName { nearest: self.nearest(&name), name });
+        };
+        Ok(self.functions.values().map(Arc::as_ref).filter(|f| matches(f)).collect())
+    }
+
+    /// Whether a name means devices by what they are, so that several may answer to it.
+    pub fn is_kind(name: &str) -> bool {
+        id_pair(name).is_some() || name.parse::<ClassAlias>().is_ok()
+    }
+
+    /// An address that is one slip of a finger away from `name`, or else the alias most like it, if
+    /// any is alike at all.
     fn nearest(&self, name: &str) -> Option<String> {
         let full = name.parse::<PciAddress>().map_or_else(|_| name.to_owned(), |a| a.to_string());
-        let addresses = self.functions.keys().map(ToString::to_string);
-        let aliases = ClassAlias::ALL.iter().map(|alias| alias.name().to_owned());
-        nearest(&full, addresses.chain(aliases))
+        let mut addresses = self.functions.keys().map(ToString::to_string);
+        let near = |address: &String| {
+            full.len().abs_diff(address.len()) < 2 && strsim::osa_distance(&full, address) == 1
+        };
+        let slip = addresses.find(near);
+        slip.or_else(|| nearest(name, ClassAlias::ALL.map(|alias| alias.name().to_owned())))
     }
 }
 

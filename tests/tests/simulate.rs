@@ -69,6 +69,25 @@ fn a_card_that_is_shared_out_is_shown_and_leased_with_a_type() {
     assert_eq!(session.vfioctl("vf show 41:00.0").status.code(), Some(14), "no virtual function");
 }
 
+#[test]
+fn of_several_devices_that_a_name_means_none_is_chosen() {
+    let session = Session::start("hgx8");
+    session.done("release gpu");
+    session.done("attach 23:00.0 --tenant alice");
+    for command in ["release gpu", "release gpu --dry-run", "args gpu --vmm qemu"] {
+        let refused = session.vfioctl(command);
+        let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(2), "{command}: {why}");
+        assert!(why.contains("ambiguous") && why.contains("and 1 more, which"), "{why}");
+    }
+    // What answers to one name that only it has is meant, and so is a machine of that name.
+    session.done("attach 33:00.0 --tenant bob --vm gpu");
+    let (ended, _) = session.done("release gpu");
+    assert!(ended.starts_with("released lease "), "{ended}");
+    let (ended, _) = session.done("release 23:00.0");
+    assert!(ended.starts_with("released lease "), "{ended}");
+}
+
 #[tokio::test]
 async fn root_is_answered_without_a_bus_as_on_it() {
     let session = Session::start(HOST);

@@ -9,6 +9,7 @@ use libvfio::client::{
     lease_path,
 };
 use libvfio::error::{Error, ErrorKind};
+use libvfio::inventory::Inventory;
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::wire::OwnedObjectPath;
@@ -17,6 +18,7 @@ use super::Caller;
 use crate::authority::Action;
 use crate::broker::{Asker, Broker, Pools};
 use crate::history::Entry;
+use crate::lease::Lease;
 use crate::request::{
     ApplyOptions, AttachOptions, HistoryOptions, ListOptions, RawOptions, ReleaseOptions,
     check_name, check_no_options, check_reason,
@@ -105,6 +107,7 @@ impl ManagerObject {
     ) -> Result<Vec<String>, Failure> {
         check_name("target", &target)?;
         let options = ReleaseOptions::read(&options)?;
+        tell_apart(&self.caller.broker, &target)?;
         let leases = self.caller.broker.named(&target);
         self.caller.may_release(&header, &target, &leases, &options).await?;
         // Not what the name means by now, for that may be another's.
@@ -176,7 +179,7 @@ impl ManagerObject {
 
     #[zbus(out_args("leases"))]
     fn list_leases(&self) -> Vec<LeaseRecord> {
-        self.caller.broker.leases().iter().map(crate::lease::Lease::record).collect()
+        self.caller.broker.leases().iter().map(Lease::record).collect()
     }
 
     #[zbus(out_args("devices"))]
@@ -342,4 +345,20 @@ impl ManagerObject {
 fn path(text: String) -> Result<OwnedObjectPath, Failure> {
     OwnedObjectPath::try_from(text)
         .map_err(|e| Failure::new(ErrorKind::Internal, format!("a fault of vfiod: {e}")))
+}
+
+/// Refuses a name that several devices have, of which some are leased: none is chosen for whoever
+/// wants a lease to end.
+fn tell_apart(broker: &Broker, name: &str) -> Result<(), Failure> {
+    if !Inventory::is_kind(name) {
+        return Ok(());
+    }
+    let (inventory, leases) = (broker.inventory(), broker.leases());
+    let functions = inventory.answering(name)?;
+    let has_one = |lease: &Lease| functions.iter().any(|f| lease.devices.contains_key(&f.address));
+    let named = leases.iter().any(|lease| lease.vm.as_deref() == Some(name));
+    if functions.len() > 1 && !named && leases.iter().any(has_one) {
+        inventory.resolve(name)?;
+    }
+    Ok(())
 }

@@ -20,7 +20,7 @@ use crate::attach::patiently;
 use crate::bus::Bus;
 use crate::explain::Story;
 use crate::output::{Output, print, print_json};
-use crate::release::{device, means};
+use crate::release::meant;
 use crate::trouble::Trouble;
 use crate::vmm::{Device, Handed, PLACE, Vmm, size};
 
@@ -41,10 +41,7 @@ pub(crate) async fn args(bus: &Bus, args: &ArgsArgs, out: &Output) -> Result<(),
 /// The one active lease that a name means.
 pub(crate) async fn one_lease(bus: &Bus, name: &str) -> Result<LeaseRecord, Trouble> {
     let leases = bus.manager.list_leases().await?;
-    let path = device(bus, name).await;
-    let meant: Vec<&LeaseRecord> =
-        leases.iter().filter(|lease| means(name, path.as_deref(), lease)).collect();
-    match meant.as_slice() {
+    match meant(bus, name, &leases).await?.as_slice() {
         [lease] if lease.state == "active" => Ok((*lease).clone()),
         [lease] => {
             let why = format!("lease {} is {}; only active ones are used", lease.id, lease.state);
@@ -98,12 +95,12 @@ pub(crate) async fn run(
         )));
     }
     let locked = match &args.lock {
-        Some(bytes) => size(bytes, 1),
-        None => vmm.locked(&args.command),
+        Some(bytes) => size(bytes, 1)
+            .ok_or_else(|| invalid(format!("--lock '{bytes}' is no size; give one such as 9G")))?,
+        None => vmm.locked(&args.command).ok_or_else(|| {
+            invalid("how much memory the guest has is unclear; give --lock, such as 9G".into())
+        })?,
     };
-    let locked = locked.ok_or_else(|| {
-        invalid("how much memory the guest has is unclear; give --lock, such as 9G".into())
-    })?;
     let devices: Vec<&str> = args.devices.iter().map(String::as_str).collect();
     let bus = &Bus::shortest(address).await?;
     let Some(tenant) = args.tenant.as_deref().filter(|_| !args.dry_run) else {

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{LeaseRecord, Options, device_path};
+use libvfio::error::ErrorKind;
+use libvfio::inventory::Inventory;
 use serde_json::Value;
 
 use crate::args::ReleaseArgs;
@@ -60,9 +62,7 @@ async fn dry_run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<ExitCode
     let leases: Vec<LeaseRecord> = reply.read()?;
     let mut ends: Vec<&LeaseRecord> = Vec::new();
     for target in &args.targets {
-        let device = device(bus, target).await;
-        let meant = leases.iter().filter(|lease| means(target, device.as_deref(), lease));
-        let meant: Vec<&LeaseRecord> = meant.collect();
+        let meant = meant(bus, target, &leases).await?;
         if meant.is_empty() && !out.json {
             nothing(target);
         }
@@ -78,15 +78,34 @@ async fn dry_run(bus: &Bus, args: &ReleaseArgs, out: &Output) -> Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-/// The path of the device a name means, if it means one.
-pub(crate) async fn device(bus: &Bus, name: &str) -> Option<String> {
-    match name.parse::<PciAddress>() {
-        Ok(address) => Some(device_path(address)),
-        Err(_) => bus.manager.get_device(name).await.ok().map(|path| path.to_string()),
+/// The leases that a name means, as vfiod finds them: by lease and machine, else by device.
+pub(crate) async fn meant<'a>(
+    bus: &Bus,
+    name: &str,
+    leases: &'a [LeaseRecord],
+) -> Result<Vec<&'a LeaseRecord>, Trouble> {
+    let with = |device: Option<&str>| -> Vec<&LeaseRecord> {
+        leases.iter().filter(|lease| means(name, device, lease)).collect()
+    };
+    let meant = with(None);
+    Ok(if meant.is_empty() { with(device(bus, name).await?.as_deref()) } else { meant })
+}
+
+/// The path of the device a name means, if it means one. Several are not told apart here.
+async fn device(bus: &Bus, name: &str) -> Result<Option<String>, Trouble> {
+    if let Ok(address) = name.parse::<PciAddress>() {
+        return Ok(Some(device_path(address)));
+    }
+    match bus.manager.get_device(name).await {
+        Ok(path) => Ok(Some(path.to_string())),
+        // What is a lease's, a machine's or a mediated device's name is none of a device.
+        Err(_) if !Inventory::is_kind(name) => Ok(None),
+        Err(failure) if failure.kind() == Some(ErrorKind::NotFound) => Ok(None),
+        Err(failure) => Err(failure.into()),
     }
 }
 
-pub(crate) fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> bool {
+fn means(target: &str, device: Option<&str>, lease: &LeaseRecord) -> bool {
     let path = |address: &String| Some(device_path(address.parse().ok()?));
     lease.id == target
         || lease.vm.as_deref() == Some(target)
