@@ -79,13 +79,14 @@ impl Storage {
         let of_it = self.mounts.iter().filter(|m| m.is_of(&layer.number, &layer.sources));
         let points = points(of_it);
         let at = some(&points);
-        (!points.is_empty()).then(|| {
-            Found::new(
-                format!("carries {layer}, mounted on {at}"),
-                format!("unmount {at} first"),
-                weight(&points),
-            )
-        })
+        // Nobody unmounts what the system runs from.
+        let remedy = if points.iter().any(|point| point == "/") {
+            "run the host from another disk first".to_owned()
+        } else {
+            format!("unmount {at} first")
+        };
+        let what = format!("carries {layer}, mounted on {at}");
+        (!points.is_empty()).then(|| Found::new(what, remedy, weight(&points)))
     }
 
     fn mounted_elsewhere(&self, layer: &Layer) -> Option<Found> {

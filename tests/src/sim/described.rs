@@ -18,7 +18,6 @@ pub const HGX8: &str = include_str!("../../hosts/hgx8.toml");
 pub const SCALE: &str = include_str!("../../hosts/scale.toml");
 /// A serial port and virtual functions of a GPU that can be made into mediated devices.
 pub const MEDIATED: &str = include_str!("../../hosts/mediated.toml");
-
 /// A server with an Intel GPU that the xe driver shares out, and a network card that shares its
 /// interrupt vectors out.
 pub const XE: &str = include_str!("../../hosts/xe.toml");
@@ -26,8 +25,14 @@ pub const XE: &str = include_str!("../../hosts/xe.toml");
 pub const VGPU: &str = include_str!("../../hosts/vgpu.toml");
 
 /// The hosts that need no file, by name.
-const SHIPPED: [(&str, &str); 5] =
-    [("workstation", WORKSTATION), ("hgx8", HGX8), ("scale", SCALE), ("xe", XE), ("vgpu", VGPU)];
+const SHIPPED: [(&str, &str); 6] = [
+    ("workstation", WORKSTATION),
+    ("hgx8", HGX8),
+    ("scale", SCALE),
+    ("xe", XE),
+    ("vgpu", VGPU),
+    ("mediated", MEDIATED),
+];
 
 /// A host, as its file describes it.
 #[derive(Debug, Clone, Deserialize)]

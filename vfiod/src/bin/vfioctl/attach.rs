@@ -72,6 +72,7 @@ async fn plan(
     if out.json {
         print_json(&reply.json()?)?;
     } else {
+        bus.note_simulation().await;
         print(&Story { asked: &asked, can: "be attached", plan: &plan }.to_string())?;
     }
     let kind = plan.reasons.first().and_then(|reason| ErrorKind::from_name(&reason.kind));

@@ -15,6 +15,7 @@ pub(crate) async fn run(bus: &Bus, device: &str, out: &Output) -> Result<(), Tro
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     print(&Story { asked: device, can: "be attached", plan: &reply.read()? }.to_string())
 }
 

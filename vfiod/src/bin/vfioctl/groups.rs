@@ -12,6 +12,7 @@ pub(crate) async fn run(bus: &Bus, out: &Output) -> Result<(), Trouble> {
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     let groups: Vec<GroupRecord> = reply.read()?;
     let nothing = "no IOMMU groups: the IOMMU is off ('vfioctl check' says what to do)";
     out.table(&table(&groups), nothing)

@@ -25,6 +25,7 @@ pub(crate) async fn run(
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     out.table(&table(&reply.read::<Vec<HistoryRecord>>()?), "nothing has happened")
 }
 

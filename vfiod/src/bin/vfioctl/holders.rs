@@ -12,6 +12,7 @@ pub(crate) async fn run(bus: &Bus, device: &str, out: &Output) -> Result<(), Tro
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     let record: HoldersRecord = reply.read()?;
     let text = shown(&record, out.screen);
     if text.is_empty() {

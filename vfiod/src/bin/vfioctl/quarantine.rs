@@ -28,6 +28,7 @@ async fn list(bus: &Bus, out: &Output) -> Result<(), Trouble> {
     if out.json {
         return print_json(&reply.json()?);
     }
+    bus.note_simulation().await;
     out.table(&table(&reply.read::<Vec<QuarantineRecord>>()?), "no device is in quarantine")
 }
 
