@@ -18,6 +18,9 @@ pub struct PciAddress {
     function: u8,
 }
 
+/// Bytes of the longest text form, with a domain of eight digits.
+const LONGEST: usize = 16;
+
 /// Why a text is no PCI address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{input}' is not a PCI address; write it as 03:00.0 or 0000:03:00.0")]
@@ -57,6 +60,28 @@ impl PciAddress {
         u16::from(self.bus) << 8 | u16::from(self.device) << 3 | u16::from(self.function)
     }
 
+    /// The text form, in `buffer`. Addresses are written so often that formatting each number would
+    /// be a fifth of the daemon's work.
+    fn text(self, buffer: &mut [u8; LONGEST]) -> &str {
+        let mut start = LONGEST;
+        let mut put = |byte| {
+            start -= 1;
+            buffer[start] = byte;
+        };
+        let digit = |number: u32, at: u32| b"0123456789abcdef"[(number >> (4 * at) & 0xf) as usize];
+        put(digit(self.function.into(), 0));
+        put(b'.');
+        for number in [self.device, self.bus] {
+            put(digit(number.into(), 0));
+            put(digit(number.into(), 1));
+            put(b':');
+        }
+        let digits = (8 - self.domain.leading_zeros() / 4).max(4);
+        (0..digits).for_each(|at| put(digit(self.domain, at)));
+        // It is all ASCII.
+        std::str::from_utf8(&buffer[start..]).unwrap_or_default()
+    }
+
     /// Whether both are functions of one device: same domain, bus and device number.
     pub fn same_slot(self, other: Self) -> bool {
         (self.domain, self.bus, self.device) == (other.domain, other.bus, other.device)
@@ -65,8 +90,7 @@ impl PciAddress {
 
 impl fmt::Display for PciAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { domain, bus, device, function } = self;
-        write!(f, "{domain:04x}:{bus:02x}:{device:02x}.{function}")
+        f.write_str(self.text(&mut [0; LONGEST]))
     }
 }
 
@@ -125,7 +149,9 @@ mod tests {
         let short: PciAddress = "03:00.1".parse().unwrap();
         assert_eq!(short, "0000:03:00.1".parse().unwrap());
         assert_eq!(short.to_string(), "0000:03:00.1");
-        assert_eq!("10000:e1:1f.7".parse::<PciAddress>().unwrap().to_string(), "10000:e1:1f.7");
+        for text in ["0000:00:00.0", "00ff:0a:1f.7", "10000:e1:1f.7", "ffffffff:ff:1f.7"] {
+            assert_eq!(text.parse::<PciAddress>().unwrap().to_string(), text);
+        }
     }
 
     #[test]

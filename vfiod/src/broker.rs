@@ -80,7 +80,7 @@ pub enum Change {
     },
     /// Groups came, went or changed their members.
     GroupsChanged,
-    /// Everything before this was told; used to order replies after signals.
+    /// All objects are as everything before this says; replies wait for it.
     Barrier(tokio::sync::oneshot::Sender<()>),
 }
 
@@ -309,6 +309,11 @@ impl Broker {
         let mut leases: Vec<Lease> = self.data().leases.values().cloned().collect();
         leases.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
         leases
+    }
+
+    /// What there is to say of a lease, if it is one. Not for what takes long.
+    pub fn of_lease<T>(&self, id: &str, say: impl FnOnce(&Lease) -> T) -> Option<T> {
+        self.data().leases.get(id).map(say)
     }
 
     /// One lease.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use libvfio::client::{Failure, LeaseRecord};
+use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
 use zbus::OwnedFd;
 use zbus::message::Header;
@@ -25,8 +25,9 @@ impl LeaseObject {
         Self { caller, id }
     }
 
-    fn record(&self) -> LeaseRecord {
-        self.caller.broker.lease(&self.id).as_ref().map(Lease::record).unwrap_or_default()
+    /// What there is to say of the lease, while it is one.
+    fn say<T: Default>(&self, say: impl FnOnce(&Lease) -> T) -> T {
+        self.caller.broker.of_lease(&self.id, say).unwrap_or_default()
     }
 
     /// Whoever made the lease may open its devices; of others only whom polkit lets.
@@ -96,51 +97,51 @@ impl LeaseObject {
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn tenant(&self) -> String {
-        self.record().tenant
+        self.say(|lease| lease.tenant.clone())
     }
 
     #[zbus(property(emits_changed_signal = "const"), name = "VM")]
     fn vm(&self) -> String {
-        self.record().vm.unwrap_or_default()
+        self.say(|lease| lease.vm.clone().unwrap_or_default())
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn devices(&self) -> Vec<String> {
-        self.record().devices
+        self.say(|lease| lease.devices.keys().map(ToString::to_string).collect())
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn mediated(&self) -> Vec<String> {
-        self.record().mediated
+        self.say(|lease| lease.mediated.keys().map(ToString::to_string).collect())
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn owner(&self) -> u32 {
-        self.record().owner
+        self.say(|lease| lease.owner)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn created(&self) -> u64 {
-        self.record().created
+        self.say(|lease| lease.created)
     }
 
     #[zbus(property)]
     pub(super) fn state(&self) -> String {
-        self.record().state
+        self.say(|lease| lease.state.name().to_owned())
     }
 
     #[zbus(property)]
     pub(super) fn reason(&self) -> String {
-        self.record().reason.unwrap_or_default()
+        self.say(|lease| lease.reason.clone().unwrap_or_default())
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn bound(&self) -> String {
-        self.record().bound.unwrap_or_default()
+        self.say(|lease| lease.bound.as_ref().map(ToString::to_string).unwrap_or_default())
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn interface(&self) -> String {
-        self.record().interface.unwrap_or_default()
+        self.say(|lease| lease.interface.map(|i| i.name().to_owned()).unwrap_or_default())
     }
 }
