@@ -187,6 +187,21 @@ impl Broker {
         let failures = walk.backward(&mut lease, &strangers);
         self.distrust_unclean(&lease, &failures);
         self.keep_for_tenant(&lease);
+        let message = (!failures.is_empty()).then(|| all(&failures));
+        let why = lease.failure.as_deref().into_iter().chain(message.as_deref());
+        let why: Vec<&str> = why.collect();
+        let event = if why.is_empty() { Event::Released } else { Event::Failed };
+        let why = why.into_iter().chain(errors.iter().map(String::as_str)).collect::<Vec<_>>();
+        self.note(&lease, event, &why.join("; "));
+        let kind = failures.first().map_or(ErrorKind::Internal, Stopped::kind);
+        self.close(lease.clone(), &failures, message.as_deref());
+        reply.give(match message {
+            None => Ok(()),
+            Some(message) => Err(Failure::new(
+                kind,
+                format!("lease {} has ended, but not everything is as it was: {message}", lease.id),
+            )),
+        });
         info!(
             lease = lease.id,
             tenant = lease.tenant,
@@ -195,22 +210,6 @@ impl Broker {
             "released: {}",
             done(&lease.backward)
         );
-        let message = (!failures.is_empty()).then(|| all(&failures));
-        let why = lease.failure.as_deref().into_iter().chain(message.as_deref());
-        let why: Vec<&str> = why.collect();
-        let event = if why.is_empty() { Event::Released } else { Event::Failed };
-        let why = why.into_iter().chain(errors.iter().map(String::as_str)).collect::<Vec<_>>();
-        self.note(&lease, event, &why.join("; "));
-        let id = lease.id.clone();
-        let kind = failures.first().map_or(ErrorKind::Internal, Stopped::kind);
-        self.close(lease, &failures, message.as_deref());
-        reply.give(match message {
-            None => Ok(()),
-            Some(message) => Err(Failure::new(
-                kind,
-                format!("lease {id} has ended, but not everything is as it was: {message}"),
-            )),
-        });
     }
 
     /// Waits for whoever holds a group of the lease open. Unbinding would block in the kernel until

@@ -165,12 +165,15 @@ impl Broker {
             changes = self.refresh_leased(&lease);
             self.activate(&mut lease)
         });
-        self.tell_all(changes);
         if let Err(stopped) = walked {
+            self.tell_all(changes);
             return reply.give(Err(self.abandon(&walk, lease, &stopped)));
         }
+        self.note(&lease, Event::Attached, "");
+        self.tell_all(changes);
         self.tell(Change::LeaseAdded(lease.id.clone()));
         self.tell_holder_changed(&lease);
+        reply.give(Ok(lease.clone()));
         info!(
             lease = lease.id,
             tenant = lease.tenant,
@@ -180,8 +183,6 @@ impl Broker {
             "attached: {}",
             done(&lease.forward)
         );
-        self.note(&lease, Event::Attached, "");
-        reply.give(Ok(lease.clone()));
         if let Some(process) = owner {
             self.end_with(lease.id.clone(), process);
         }

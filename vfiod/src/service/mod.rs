@@ -146,8 +146,8 @@ impl Caller {
         self.run(work).await
     }
 
-    /// Runs `work` where it may block, then waits until all it changed has been told, so that a
-    /// caller finds the objects its reply names.
+    /// Runs `work` where it may block, then waits until objects are as it left things, so that a
+    /// caller finds those its reply names.
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Arc<Broker>) -> Result<T, Failure> + Send + 'static,

@@ -30,27 +30,23 @@ impl Objects {
         Self { broker }
     }
 
-    /// Adds an object, and says so. One that is there already stays.
-    pub(super) async fn add<I: Interface>(
+    /// Says that an object has come, unless it has gone by now.
+    pub(super) async fn added<I: Interface>(
         connection: &Connection,
         path: &str,
-        object: I,
     ) -> zbus::Result<()> {
-        let server = connection.object_server();
-        if server.at(path, object).await?.is_some() {
+        let Ok((path, described)) = describe::<I>(connection.object_server(), path).await else {
             return Ok(());
-        }
-        let (path, described) = describe::<I>(server, path).await?;
+        };
         let emitter = SignalEmitter::new(connection, ROOT_PATH)?;
         Self::interfaces_added(&emitter, path.into_inner(), described).await
     }
 
-    /// Removes an object, and says so.
-    pub(super) async fn remove<I: Interface>(
+    /// Says that an object has gone.
+    pub(super) async fn removed<I: Interface>(
         connection: &Connection,
         path: &str,
     ) -> zbus::Result<()> {
-        connection.object_server().remove::<I, _>(path).await?;
         let emitter = SignalEmitter::new(connection, ROOT_PATH)?;
         let interfaces = [I::name()];
         Self::interfaces_removed(&emitter, ObjectPath::try_from(path)?, Cow::from(&interfaces[..]))
