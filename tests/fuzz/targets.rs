@@ -89,7 +89,7 @@ fn pci_ids(bytes: &[u8]) {
 /// A lease's file, and what a daemon that finds it does first.
 fn lease(bytes: &[u8]) {
     let Ok(lease) = ledger::parse(bytes) else { return };
-    let record = ledger::record(&lease).expect("what was read can be written");
+    let record = ledger::record(0, &lease).expect("what was read can be written");
     assert_eq!(ledger::parse(&record).as_ref(), Ok(&lease));
     black_box((lease.way_back(), lease.record()));
 }

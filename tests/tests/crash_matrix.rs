@@ -7,6 +7,7 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use libvfio::address::PciAddress;
 use libvfio::step::Step;
+use serde_json::Value;
 use vfiod_tests::sim::Effect;
 use vfiod_tests::survival::{
     self, DISK, Done, GPU, Ground, NUMBERED, OTHER_VF, Place, SERIAL, SETTINGS, SHAPED, VF,
@@ -232,11 +233,11 @@ fn lose(ground: &Ground, lost: Lost) -> Result<()> {
     let mut newest = None;
     for entry in fs::read_dir(ground.records().join("leases"))? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "json") {
-            newest = newest.max(Some((fs::metadata(&path)?.modified()?, path)));
-        }
+        let number = |record: Value| record["number"].as_u64();
+        let number = serde_json::from_slice(&fs::read(&path)?).ok().and_then(number);
+        newest = newest.max(Some((fs::metadata(&path)?.modified()?, number, path)));
     }
-    let (_, path) = newest.context("there are no records")?;
+    let (.., path) = newest.context("there are no records")?;
     match lost {
         Lost::Bytes => fs::write(path, "")?,
         Lost::HalfTheBytes => {

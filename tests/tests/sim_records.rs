@@ -1,7 +1,7 @@
 //! What the broker keeps beside leases, against a simulated kernel: devices not trusted, what
 //! happened, and leases whose newest record is lost.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use libvfio::address::PciAddress;
@@ -208,7 +208,7 @@ fn spoilt_files_stop_nobody_and_are_told() {
     drop(broker);
     let spoil = |name: &str| std::fs::write(dir.path().join(name), "{").unwrap();
     spoil("state/quarantine.json");
-    spoil("leases/0badcafe.json");
+    spoil("leases/0badcafe.even");
     let (broker, _changes) = daemon(&sim, dir.path());
     assert_eq!(quarantined(&broker), [GPU]);
     assert_eq!(events(&broker), [Event::Quarantined, Event::SetAside, Event::SetAside]);
@@ -246,8 +246,13 @@ fn a_lease_is_told_of_from_its_beginning_to_its_end() {
 
 /// Spoils the newest record of a lease, as a full file system or a power loss may.
 fn spoil(dir: &Path, lease: &Lease) {
-    let path = dir.join("leases").join(&lease.id).with_extension("json");
-    let whole = std::fs::read(&path).unwrap();
+    let files = ["even", "odd"].map(|kind| dir.join("leases").join(&lease.id).with_extension(kind));
+    let read = |path: PathBuf| {
+        let whole = std::fs::read(&path).unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&whole).unwrap();
+        (record["number"].as_u64(), whole, path)
+    };
+    let (_, whole, path) = files.map(read).into_iter().max().unwrap();
     std::fs::write(path, &whole[..whole.len() / 2]).unwrap();
 }
 

@@ -46,7 +46,8 @@ const WAITING: Duration = Duration::from_secs(2);
 const MORE: &str = "\
 Files:
   /run/vfiod/private              where root asks without the bus
-  /run/vfiod/leases/ID.json       a lease, and in ID.old as it was one step before
+  /run/vfiod/leases/ID.even       a lease and, in ID.odd, as it was one step before, or the
+                                  other way round: the greater number is the newer
   /var/lib/vfiod/quarantine.json  devices not trusted; the same in quarantine.json.copy
   /var/lib/vfiod/history.jsonl    what became of leases, and before that in history.jsonl.1
   /var/lib/vfiod/history.head     the newest entry of these, by which a missing one is noticed

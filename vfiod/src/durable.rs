@@ -10,8 +10,6 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
-use crate::crash;
-
 /// Most bytes that are read of a file; ours are far smaller.
 const LARGEST: u64 = 16 << 20;
 
@@ -43,29 +41,6 @@ pub(crate) fn replace_for_all(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::set_permissions(&draft, fs::Permissions::from_mode(0o644))?;
     fs::rename(draft, path)?;
     if on_disk { sync_directory_of(path) } else { Ok(()) }
-}
-
-/// As [`replace`], with what was at `path` kept at `previous`, or the same bytes if nothing was. A
-/// crash may leave `previous` alone.
-pub(crate) fn replace_keeping(path: &Path, previous: &Path, bytes: &[u8]) -> io::Result<()> {
-    crash::point("before a record is written");
-    let mut new = draft(path, bytes)?;
-    crash::point("before the record is kept");
-    // A file without a spare is better than none.
-    let kept = fs::rename(path, previous);
-    if kept.is_err_and(|e| e.kind() == io::ErrorKind::NotFound) && !previous.exists() {
-        fs::rename(new.path, previous)?;
-        crash::point("after the first record's spare was written");
-        new = draft(path, bytes)?;
-    }
-    let Draft { path: draft, on_disk } = new;
-    crash::point("before the draft becomes the record");
-    fs::rename(draft, path)?;
-    if on_disk {
-        sync_directory_of(path)?;
-    }
-    crash::point("after a record was written");
-    Ok(())
 }
 
 /// The bytes of a plain file; `None` if there is nothing at `path`.
@@ -117,7 +92,7 @@ fn draft(path: &Path, bytes: &[u8]) -> io::Result<Draft> {
     let draft = path.with_extension("new");
     let written = create(&draft).and_then(|mut file| {
         file.write_all(bytes)?;
-        let on_disk = fstatfs(&file).map_or(true, |fs| fs.filesystem_type() != TMPFS_MAGIC);
+        let on_disk = is_on_disk(&file);
         if on_disk {
             file.sync_data()?;
         }
@@ -131,6 +106,11 @@ fn draft(path: &Path, bytes: &[u8]) -> io::Result<Draft> {
             Err(error)
         }
     }
+}
+
+/// Whether a file outlives the host, unless it is known not to.
+pub(crate) fn is_on_disk(file: &File) -> bool {
+    fstatfs(file).map_or(true, |fs| fs.filesystem_type() != TMPFS_MAGIC)
 }
 
 /// A new file, whatever an interrupted write or somebody else left in its place.
@@ -156,19 +136,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_replaced_whole_and_its_predecessor_kept_where_asked() {
+    fn a_file_is_replaced_whole() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, old) = (dir.path().join("a.json"), dir.path().join("a.old"));
+        let path = dir.path().join("a.json");
         assert_eq!(read(&path).unwrap(), None);
-        replace_keeping(&path, &old, b"1").unwrap();
-        for copy in [&path, &old] {
-            assert_eq!(read(copy).unwrap().unwrap(), b"1");
+        for bytes in [b"1", b"2"] {
+            replace(&path, bytes).unwrap();
+            assert_eq!(read(&path).unwrap().unwrap(), bytes);
         }
-        replace_keeping(&path, &old, b"2").unwrap();
-        replace(&dir.path().join("b"), b"b").unwrap();
-        assert_eq!(read(&path).unwrap().unwrap(), b"2");
-        assert_eq!(read(&old).unwrap().unwrap(), b"1");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

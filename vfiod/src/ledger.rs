@@ -1,14 +1,17 @@
-//! Leases on disk: one file each, replaced whole, so that a crash leaves the old or the new one, and
-//! the record before the newest beside it, should a full or failing disk spoil that. Touches its own
-//! directory only. Kernel state dies at reboot, so the directory is in `/run`.
+//! Leases on disk: two files each, whose records are written in turns and numbered, so that whatever
+//! becomes of the newest, by a crash or a full or failing disk, the one before is there. Touches its
+//! own directory only. Kernel state dies at reboot, so the directory is in `/run`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libvfio::address::PciAddress;
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::boot::BootReport;
@@ -18,33 +21,40 @@ pub use crate::durable::SetAside;
 use crate::lease::Lease;
 
 /// The form of the files; a file of another form is set aside.
-const FORM: u32 = 1;
-/// Extension of a lease's newest record.
-const NEWEST: &str = "json";
-/// Extension of the record before it.
-const BEFORE: &str = "old";
+const FORM: u32 = 2;
+/// Extensions of a lease's two files: where its even records are, and where its odd ones.
+const FILES: [&str; 2] = ["even", "odd"];
+/// Bytes that most records fit in.
+const MOSTLY: usize = 2 << 10;
 /// The file of physical functions whose autoprobe is off.
 const AUTOPROBE: &str = "autoprobe-off";
 /// The file of what applying the policy came to at boot.
 const BOOT: &str = "boot-report";
-/// Extension of the file that is locked while a lease moves.
-const LOCK: &str = "lock";
 
 /// The directory of lease files.
 #[derive(Debug, Clone)]
 pub struct Ledger {
     dir: PathBuf,
+    on_disk: bool,
+    /// The number of each lease's newest record.
+    newest: Arc<Mutex<BTreeMap<String, u64>>>,
 }
+
+/// A lease's files. Its lock is held for as long as a copy of them is open anywhere, if it was taken.
+#[derive(Debug)]
+pub struct Files([File; 2]);
 
 #[derive(Serialize)]
 struct Writing<'a> {
     form: u32,
+    number: u64,
     lease: &'a Lease,
 }
 
 #[derive(Deserialize)]
 struct Reading {
     form: u32,
+    number: u64,
     lease: Lease,
 }
 
@@ -64,14 +74,45 @@ impl Ledger {
     pub fn open(dir: impl Into<PathBuf>) -> io::Result<Self> {
         let dir = dir.into();
         durable::directory(&dir)?;
-        Ok(Self { dir })
+        let on_disk = durable::is_on_disk(&File::open(&dir)?);
+        Ok(Self { dir, on_disk, newest: Arc::default() })
     }
 
     /// Writes a lease as it is now. When this returns, a crash finds it so.
     pub fn write(&self, lease: &Lease) -> io::Result<()> {
-        let bytes = record(lease)?;
-        let id = lease.id.as_ref();
-        durable::replace_keeping(&self.file(id, NEWEST), &self.file(id, BEFORE), &bytes)
+        self.write_to(&self.files(&lease.id)?, lease)
+    }
+
+    /// The same, to files that are open.
+    pub fn write_to(&self, Files(files): &Files, lease: &Lease) -> io::Result<()> {
+        crash::point("before a record is written");
+        let before = self.newest().get(&lease.id).copied();
+        let number = before.map_or(0, |before| before + 1);
+        let bytes = record(number, lease)?;
+        let place = usize::from(number % 2 == 1);
+        if before.is_none() {
+            self.put(&files[1 - place], &bytes)?;
+            crash::point("after the first record's spare was written");
+        }
+        self.put(&files[place], &bytes)?;
+        self.newest().insert(lease.id.clone(), number);
+        crash::point("after a record was written");
+        Ok(())
+    }
+
+    fn put(&self, file: &File, bytes: &[u8]) -> io::Result<()> {
+        file.set_len(0)?;
+        crash::point("while a record is written");
+        let written = file.write_all_at(bytes, 0);
+        if written.is_err() {
+            // On a full file system half a record only takes room from the next one.
+            let _ = file.set_len(0);
+        }
+        written.and_then(|()| if self.on_disk { file.sync_data() } else { Ok(()) })
+    }
+
+    fn newest(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Physical functions whose `sriov_drivers_autoprobe` the daemon has turned off. None where that
@@ -97,35 +138,49 @@ impl Ledger {
         durable::replace(&self.dir.join(BOOT), &serde_json::to_vec(report)?)
     }
 
-    /// The lock of a lease, once nobody has it: the workers of a daemon before this one hold it
-    /// until the step they are at is done. Blocks; it is given up when all its copies are closed.
-    pub fn lock(&self, id: &str) -> io::Result<File> {
-        let file = self.lock_file(id)?;
-        file.lock()?;
-        Ok(file)
+    /// The files of a lease, locked, once nobody else has them so: the workers of a daemon before this
+    /// one do until the step they are at is done. Blocks.
+    pub fn lock(&self, id: &str) -> io::Result<Files> {
+        let files = self.files(id)?;
+        files.lock_on().lock()?;
+        Ok(files)
     }
 
     /// Like [`lock`](Self::lock), but `None` if somebody has it.
-    pub fn try_lock(&self, id: &str) -> io::Result<Option<File>> {
-        let file = self.lock_file(id)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(file)),
+    pub fn try_lock(&self, id: &str) -> io::Result<Option<Files>> {
+        let files = self.files(id)?;
+        match files.lock_on().try_lock() {
+            Ok(()) => Ok(Some(files)),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
 
-    fn lock_file(&self, id: &str) -> io::Result<File> {
-        let path = self.file(id.as_ref(), LOCK);
-        File::options().create(true).truncate(false).write(true).open(path)
+    /// Opens a lease's files, and makes those that are not there.
+    fn files(&self, id: &str) -> io::Result<Files> {
+        let open = |extension| {
+            File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .custom_flags(OFlag::O_NOFOLLOW.bits())
+                .open(self.file(id.as_ref(), extension))
+        };
+        let files = Files([open(FILES[0])?, open(FILES[1])?]);
+        if self.on_disk && !self.newest().contains_key(id) {
+            File::open(&self.dir)?.sync_data()?;
+        }
+        Ok(files)
     }
 
     /// Forgets a lease that has ended.
     pub fn remove(&self, id: &str) -> io::Result<()> {
+        let newest = self.newest().remove(id).unwrap_or_default();
         // The newest record last, for without it the one before would be taken for the lease.
-        let ends = [LOCK, BEFORE, NEWEST].map(|kind| {
+        let ends = [newest + 1, newest].map(|number| {
             crash::point("before a file of a lease is removed");
-            gone(&self.file(id.as_ref(), kind))
+            gone(&self.file(id.as_ref(), FILES[usize::from(number % 2 == 1)]))
         });
         crash::point("after a lease's record was removed");
         ends.into_iter().collect()
@@ -141,39 +196,47 @@ impl Ledger {
         Ok(loaded)
     }
 
-    /// Names of the lease files without their extensions. Removes drafts: one whose writing was
-    /// interrupted never was the lease.
+    /// Names of the lease files without their extensions.
     fn stems(&self) -> io::Result<BTreeSet<OsString>> {
         let mut stems = BTreeSet::new();
         for entry in fs::read_dir(&self.dir)?.flatten() {
             let path = entry.path();
-            match path.extension().and_then(OsStr::to_str) {
-                Some(NEWEST | BEFORE) => stems.extend(path.file_stem().map(OsStr::to_owned)),
-                Some("new") => {
-                    // What cannot be removed is no lease all the same.
-                    let _ = fs::remove_file(&path);
-                }
-                _ => {}
+            if path.extension().is_some_and(|kind| FILES.iter().any(|file| kind == *file)) {
+                stems.extend(path.file_stem().map(OsStr::to_owned));
             }
         }
         Ok(stems)
     }
 
     fn load_one(&self, stem: &OsStr, loaded: &mut Loaded) {
-        for kind in [NEWEST, BEFORE] {
+        let mut records = Vec::new();
+        let mut aside = Vec::new();
+        for kind in FILES {
             let path = self.file(stem, kind);
             match read(&path, stem) {
-                Ok(Some(lease)) => {
-                    if kind == BEFORE {
-                        loaded.behind.insert(lease.id.clone());
-                    }
-                    loaded.leases.push(lease);
-                    return;
-                }
-                Ok(None) => {}
-                Err(reason) => loaded.aside.push(durable::set_aside(&path, reason)),
+                Ok(record) => records.extend(record),
+                Err(reason) => aside.push(durable::set_aside(&path, reason)),
             }
         }
+        let is_behind = records.len() < FILES.len();
+        match records.into_iter().max_by_key(|record| record.number) {
+            Some(Reading { number, lease, .. }) => {
+                if is_behind {
+                    loaded.behind.insert(lease.id.clone());
+                }
+                self.newest().insert(lease.id.clone(), number);
+                loaded.leases.push(lease);
+            }
+            // Without a record it never was a lease.
+            None if aside.is_empty() => {
+                for kind in FILES {
+                    // What cannot be removed is no lease all the same.
+                    let _ = gone(&self.file(stem, kind));
+                }
+            }
+            None => {}
+        }
+        loaded.aside.extend(aside);
     }
 
     fn file(&self, stem: &OsStr, extension: &str) -> PathBuf {
@@ -191,27 +254,42 @@ fn gone(path: &Path) -> io::Result<()> {
     }
 }
 
+impl Files {
+    /// What is locked of them.
+    pub fn lock_on(&self) -> &File {
+        &self.0[0]
+    }
+}
+
 /// What is in a lease's file.
-pub fn record(lease: &Lease) -> serde_json::Result<Vec<u8>> {
-    serde_json::to_vec(&Writing { form: FORM, lease })
+pub fn record(number: u64, lease: &Lease) -> serde_json::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(MOSTLY);
+    serde_json::to_writer(&mut bytes, &Writing { form: FORM, number, lease })?;
+    Ok(bytes)
 }
 
 /// The lease that a file holds, or why it holds none.
 pub fn parse(record: &[u8]) -> Result<Lease, String> {
-    let Reading { form, lease } = serde_json::from_slice(record).map_err(|e| e.to_string())?;
-    if form != FORM {
-        return Err(format!("form {form}, this daemon reads {FORM}"));
-    }
-    Ok(lease)
+    Ok(parsed(record)?.lease)
 }
 
-fn read(path: &Path, stem: &OsStr) -> Result<Option<Lease>, String> {
-    let Some(bytes) = durable::read(path).map_err(|e| e.to_string())? else { return Ok(None) };
-    let lease = parse(&bytes)?;
-    if stem != OsStr::new(&lease.id) {
-        return Err(format!("it holds lease '{}'", lease.id));
+fn parsed(record: &[u8]) -> Result<Reading, String> {
+    let reading: Reading = serde_json::from_slice(record).map_err(|e| e.to_string())?;
+    if reading.form != FORM {
+        return Err(format!("form {}, this daemon reads {FORM}", reading.form));
     }
-    Ok(Some(lease))
+    Ok(reading)
+}
+
+/// The record in a file; none in one that is empty, for it was being written.
+fn read(path: &Path, stem: &OsStr) -> Result<Option<Reading>, String> {
+    let bytes = durable::read(path).map_err(|e| e.to_string())?;
+    let Some(bytes) = bytes.filter(|bytes| !bytes.is_empty()) else { return Ok(None) };
+    let reading = parsed(&bytes)?;
+    if stem != OsStr::new(&reading.lease.id) {
+        return Err(format!("it holds lease '{}'", reading.lease.id));
+    }
+    Ok(Some(reading))
 }
 
 #[cfg(test)]
@@ -232,10 +310,10 @@ mod tests {
             bound: None,
             task: None,
             skipped: crate::lease::Skipped::default(),
-            care: std::collections::BTreeMap::new(),
+            care: BTreeMap::new(),
             interface: None,
-            devices: std::collections::BTreeMap::new(),
-            mediated: std::collections::BTreeMap::new(),
+            devices: BTreeMap::new(),
+            mediated: BTreeMap::new(),
             forward: Vec::new(),
             backward: Vec::new(),
         }
@@ -266,24 +344,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(dir.path()).unwrap();
         ledger.write(&lease("0000000a", 1)).unwrap();
-        let whole = fs::read_to_string(dir.path().join("0000000a.json")).unwrap();
+        let whole = fs::read_to_string(dir.path().join("0000000a.even")).unwrap();
         let put = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        put("0000000b.json", &whole);
-        put("0000000c.json", &whole[..whole.len() / 2]);
-        put("0000000d.json", "");
-        put("0000000e.json", &whole.replace("\"form\":1", "\"form\":2"));
-        put("0000000f.new", &whole);
-        put("00000010.json", "\u{0}\u{0}\u{0}");
-        put("00000011.old", "[]");
+        put("0000000b.even", &whole);
+        put("0000000c.odd", &whole[..whole.len() / 2]);
+        put("0000000d.even", "");
+        put("0000000e.odd", &whole.replace("\"form\":2", "\"form\":1"));
+        put("00000010.even", "\u{0}\u{0}\u{0}");
+        put("00000011.odd", "[]");
         put("README", "not ours");
-        fs::create_dir(dir.path().join("00000012.json")).unwrap();
-        fs::create_dir(dir.path().join("00000013.new")).unwrap();
+        fs::create_dir(dir.path().join("00000012.even")).unwrap();
         let loaded = ledger.load().unwrap();
-        assert_eq!((ids(&loaded), loaded.aside.len()), (vec!["0000000a"], 7));
+        assert_eq!((ids(&loaded), loaded.aside.len()), (vec!["0000000a"], 6));
         let again = ledger.load().unwrap();
         assert_eq!((ids(&again), again.aside.len()), (vec!["0000000a"], 0));
-        assert!(dir.path().join("0000000c.json.unreadable").exists());
-        assert!(!dir.path().join("0000000f.new").exists());
+        assert!(dir.path().join("0000000c.odd.unreadable").exists());
+        assert!(!dir.path().join("0000000d.even").exists());
         assert!(dir.path().join("README").exists());
     }
 
@@ -294,10 +370,11 @@ mod tests {
         let elsewhere = Ledger::open(outside.path()).unwrap();
         elsewhere.write(&lease("0000000a", 1)).unwrap();
         let ledger = Ledger::open(dir.path()).unwrap();
-        for kind in ["json", "old", "new"] {
+        for kind in FILES {
             let link = dir.path().join("0000000a").with_extension(kind);
-            std::os::unix::fs::symlink(outside.path().join("0000000a.json"), link).unwrap();
+            std::os::unix::fs::symlink(outside.path().join("0000000a.even"), link).unwrap();
         }
+        assert!(ledger.write(&lease("0000000a", 2)).is_err());
         let loaded = ledger.load().unwrap();
         assert!(loaded.leases.is_empty());
         assert_eq!(loaded.aside.len(), 2);
@@ -309,21 +386,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(dir.path()).unwrap();
         let before = Lease { state: State::Preparing, ..lease("0000000a", 1) };
-        let path = dir.path().join("0000000a.json");
         ledger.write(&before).unwrap();
         ledger.write(&lease("0000000a", 1)).unwrap();
+        let path = dir.path().join("0000000a.odd");
         let whole = fs::read(&path).unwrap();
         for length in 0..whole.len() {
             fs::write(&path, &whole[..length]).unwrap();
             let loaded = ledger.load().unwrap();
             assert_eq!(loaded.leases, std::slice::from_ref(&before), "{length} bytes");
-            assert!(loaded.behind.contains("0000000a") && loaded.aside.len() == 1);
+            assert!(loaded.behind.contains("0000000a"), "{length} bytes");
+            assert_eq!(loaded.aside.len(), usize::from(length > 0), "{length} bytes");
         }
         for byte in 0..=u8::MAX {
             fs::write(&path, vec![byte; whole.len()]).unwrap();
             assert_eq!(ledger.load().unwrap().leases, std::slice::from_ref(&before), "{byte}");
         }
-        // Set aside each time, so now it is lost: as after a crash between two renames.
+        // Set aside each time, so now it is lost.
         let loaded = ledger.load().unwrap();
         assert!(loaded.behind.contains("0000000a") && loaded.aside.is_empty());
         ledger.write(&loaded.leases[0]).unwrap();
@@ -333,13 +411,29 @@ mod tests {
     }
 
     #[test]
+    fn records_are_written_in_turns_also_by_the_next_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        for owner in 0..5_u32 {
+            let ledger = Ledger::open(dir.path()).unwrap();
+            let loaded = ledger.load().unwrap();
+            assert!(loaded.behind.is_empty(), "{loaded:?}");
+            let last = loaded.leases.last().map(|lease| lease.owner);
+            assert_eq!(last, owner.checked_sub(1));
+            let files = ledger.lock("0000000a").unwrap();
+            ledger.write_to(&files, &Lease { owner, ..lease("0000000a", 1) }).unwrap();
+            assert!(ledger.try_lock("0000000a").unwrap().is_none());
+        }
+    }
+
+    #[test]
     fn a_lease_whose_records_are_both_spoilt_is_set_aside_whole() {
         let dir = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(dir.path()).unwrap();
         ledger.write(&lease("0000000a", 1)).unwrap();
         ledger.write(&lease("0000000a", 1)).unwrap();
-        for name in ["0000000a.json", "0000000a.old"] {
-            fs::write(dir.path().join(name), "{\"form\":1,").unwrap();
+        for kind in FILES {
+            let path = dir.path().join("0000000a").with_extension(kind);
+            fs::write(path, "{\"form\":2,").unwrap();
         }
         let loaded = ledger.load().unwrap();
         assert!(loaded.leases.is_empty() && loaded.behind.is_empty());

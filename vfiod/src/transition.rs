@@ -2,7 +2,6 @@
 //! Changes the kernel through workers alone. Blocks: never call it from the bus's task.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use tracing::{debug, warn};
 
 use crate::crash;
 use crate::lease::{Lease, Recorded};
-use crate::ledger::Ledger;
+use crate::ledger::{Files, Ledger};
 use crate::worker::{Carried, Deadlines, Workers};
 
 /// How long a device whose step back failed is given before it is tried again.
@@ -107,18 +106,19 @@ pub struct Walker {
 pub struct Walk<'a> {
     walker: &'a Walker,
     watcher: &'a dyn Watcher,
-    /// Held until no worker is at a step of the lease any more. Without it, which only a directory
+    /// Locked until no worker is at a step of the lease any more. Without them, which only a directory
     /// that cannot be written to explains, a restart could not see that one is.
-    lock: Option<File>,
+    files: Option<Files>,
 }
 
 impl Walker {
     /// To walk the way of the lease with this id. Waits for the worker of an earlier daemon that is
     /// still at a step of it.
     pub fn walk<'a>(&'a self, id: &str, watcher: &'a dyn Watcher) -> Walk<'a> {
-        let lock = self.ledger.lock(id);
-        let lock = lock.inspect_err(|error| warn!(lease = id, %error, "cannot lock a lease")).ok();
-        Walk { walker: self, watcher, lock }
+        let files = self.ledger.lock(id);
+        let files =
+            files.inspect_err(|error| warn!(lease = id, %error, "cannot lock a lease")).ok();
+        Walk { walker: self, watcher, files }
     }
 }
 
@@ -269,7 +269,8 @@ impl Walk<'_> {
         let limit = self.walker.means.deadlines.of(step);
         let turn = self.walker.means.workers.turn();
         crash::point("before a step");
-        let call = self.walker.means.workers.step(step, self.lock.as_ref()).map_err(lost)?;
+        let lock = self.files.as_ref().map(Files::lock_on);
+        let call = self.walker.means.workers.step(step, lock).map_err(lost)?;
         let (carried, late): (Carried, _) = match call.carried(Some(limit)).map_err(lost)? {
             Ok(carried) => (carried, None),
             Err(call) => {
@@ -287,8 +288,12 @@ impl Walk<'_> {
         Ok(Done { outcome, late })
     }
 
-    fn write(&self, lease: &Lease) -> io::Result<()> {
-        self.walker.ledger.write(lease)
+    /// Puts the lease on record as it is now.
+    pub fn write(&self, lease: &Lease) -> io::Result<()> {
+        match &self.files {
+            Some(files) => self.walker.ledger.write_to(files, lease),
+            None => self.walker.ledger.write(lease),
+        }
     }
 }
 

@@ -163,7 +163,7 @@ impl Broker {
         let walked = walk.forward(&mut lease).and_then(|()| {
             // First, since an active lease whose devices look unbound is a broken one.
             changes = self.refresh_leased(&lease);
-            self.activate(&mut lease)
+            self.activate(&walk, &mut lease)
         });
         if let Err(stopped) = walked {
             self.tell_all(changes);
@@ -191,13 +191,13 @@ impl Broker {
     }
 
     /// Only what is on record is active.
-    fn activate(&self, lease: &mut Lease) -> Result<(), Stopped> {
+    fn activate(&self, walk: &Walk<'_>, lease: &mut Lease) -> Result<(), Stopped> {
         let interface = self.interface(lease);
         let mut active = Lease { state: State::Active, interface, ..lease.clone() };
         for (device, found) in &mut active.devices {
             found.errors = Errors::read(self.host(), *device);
         }
-        self.walker.ledger.write(&active)?;
+        walk.write(&active)?;
         self.data().leases.insert(active.id.clone(), active.clone());
         *lease = active;
         Ok(())
