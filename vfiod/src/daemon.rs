@@ -9,7 +9,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::Parser;
 use libvfio::address::PciAddress;
 use libvfio::client::PRIVATE_SOCKET;
 use libvfio::host::HostRoot;
@@ -27,7 +27,7 @@ use crate::simulation::{self, Simulation};
 use crate::stores::{CONFIG, RULES, STATE, Stores};
 use crate::transition::Means;
 use crate::uevent::{Hint, Subject, Uevents};
-use crate::worker::{self, Deadline, Deadlines, Reader, Workers};
+use crate::worker::{Deadline, Deadlines, Reader, Workers};
 
 /// How long reading an attribute may take before its device counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -73,13 +73,7 @@ See also:
 /// Serves org.vfiod1 on the system bus: brings whole IOMMU groups to VFIO for a tenant, remembers
 /// who has what, and gives every function back to the driver it had. systemd starts it.
 #[derive(Debug, Parser)]
-#[command(
-    version,
-    about,
-    after_help = MORE,
-    args_conflicts_with_subcommands = true,
-    disable_help_subcommand = true
-)]
+#[command(version, about, after_help = MORE)]
 pub struct Args {
     /// Where the host's sys, proc, dev and lib/modules are
     #[arg(long, value_name = "DIR", default_value = "/")]
@@ -113,20 +107,6 @@ pub struct Args {
     /// be repeated
     #[arg(long = "deadline", value_name = "KIND=SECONDS")]
     deadlines: Vec<Deadline>,
-    #[command(subcommand)]
-    part: Option<Part>,
-}
-
-/// What the program is beside the daemon.
-#[derive(Debug, Subcommand)]
-enum Part {
-    /// Carry out steps that the daemon asks for on standard input
-    #[command(hide = true)]
-    Worker {
-        /// Where the host's sys, proc, dev and lib/modules are
-        #[arg(long, value_name = "DIR")]
-        root: PathBuf,
-    },
 }
 
 impl Args {
@@ -148,10 +128,8 @@ impl Args {
 /// Runs the daemon until it is told to stop.
 pub fn main(args: &Args) -> anyhow::Result<()> {
     // A huge page is resident as a whole, whatever of it is used. A kernel without them refuses.
+    // Workers inherit it.
     let _ = prctl::set_thp_disable(true);
-    if let Some(Part::Worker { root }) = &args.part {
-        return Ok(worker::serve(root)?);
-    }
     start_logging();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

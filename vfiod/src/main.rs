@@ -1,8 +1,12 @@
-//! The daemon's process: a shim around [`vfiod::daemon`].
+//! The daemon's process: a shim around [`vfiod::daemon`], or around [`vfiod::worker`] where it is one.
 
 use clap::Parser;
 use vfiod::daemon::{self, Args};
+use vfiod::worker;
 
 fn main() -> anyhow::Result<()> {
-    daemon::main(&Args::parse())
+    match worker::asked_for() {
+        Some(root) => Ok(worker::serve(&root)?),
+        None => daemon::main(&Args::parse()),
+    }
 }

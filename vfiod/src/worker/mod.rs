@@ -34,7 +34,7 @@ use crate::crash;
 
 pub use deadlines::{Deadline, Deadlines};
 pub use reader::Reader;
-pub use serve::serve;
+pub use serve::{asked_for, serve};
 pub use turns::Turn;
 
 /// Most workers that are kept for the next request: to start one takes longer than most requests.

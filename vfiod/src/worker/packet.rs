@@ -10,11 +10,12 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 
 use super::MOST_DESCRIPTORS;
 
-/// Longest request or answer, in bytes: a page of an attribute as JSON, or a step and what became
-/// of it.
-const LONGEST: usize = 64 << 10;
+/// Longest request or answer, in bytes. A page of an attribute as JSON, or a step and what became of
+/// it, is half of that; but so much the allocator has mapped by itself, and clears none of it.
+const LONGEST: usize = 128 << 10;
 
-/// Where packets are received, one after another. Of most only the first of its pages is ever used.
+/// Where packets are received, one after another. Of most only the first of its pages is ever used,
+/// and there.
 #[derive(Debug)]
 pub(super) struct Buffer(Box<[u8]>);
 

@@ -1,6 +1,7 @@
 //! The worker's side: steps and reads, one after another, until nobody can ask any more.
 //! Changes the kernel through [`libvfio::step`] alone.
 
+use std::env;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,16 @@ use nix::errno::Errno;
 use nix::sys::prctl;
 
 use super::{Opened, Request, packet};
+
+/// The host of the worker that this process is to be, if it is one. Whoever has started it waits, so
+/// that it is read by hand.
+pub fn asked_for() -> Option<PathBuf> {
+    let words: Vec<_> = env::args_os().skip(1).collect();
+    match words.as_slice() {
+        [part, option, root] if part == "worker" && option == "--root" => Some(root.into()),
+        _ => None,
+    }
+}
 
 /// Serves the socket that is standard input until the daemon closes it or has ended.
 ///
