@@ -15,7 +15,7 @@ use crate::modalias;
 use crate::pci::class::{self, ClassAlias};
 use crate::pci::{Function, Sriov};
 
-/// A picture of a host. Cloning it shares the functions, so one can be kept while
+/// A picture of a host. Cloning it shares functions and groups, so one can be kept while
 /// [`refresh`](Self::refresh) turns another into the next.
 #[derive(Debug, Clone)]
 pub struct Inventory {
@@ -26,7 +26,7 @@ pub struct Inventory {
     /// Whether the generic `vfio-pci` driver is there or can be loaded.
     pub vfio_pci: DriverSource,
     functions: BTreeMap<PciAddress, Arc<Function>>,
-    groups: BTreeMap<u32, Group>,
+    groups: BTreeMap<u32, Arc<Group>>,
     names: Arc<LazyNames>,
 }
 
@@ -125,12 +125,12 @@ impl Inventory {
 
     /// All groups, in the order of their numbers.
     pub fn groups(&self) -> impl ExactSizeIterator<Item = &Group> {
-        self.groups.values()
+        self.groups.values().map(Arc::as_ref)
     }
 
     /// The group with that number.
     pub fn group(&self, number: u32) -> Option<&Group> {
-        self.groups.get(&number)
+        self.groups.get(&number).map(Arc::as_ref)
     }
 
     /// The group a function is in; `None` where there is no IOMMU.
@@ -297,16 +297,17 @@ impl DriverSource {
     }
 }
 
-fn join(groups: &mut BTreeMap<u32, Group>, number: Option<u32>, address: PciAddress) {
+fn join(groups: &mut BTreeMap<u32, Arc<Group>>, number: Option<u32>, address: PciAddress) {
     let Some(number) = number else { return };
-    let group = groups.entry(number).or_insert_with(|| Group { number, members: Vec::new() });
+    let alone = || Arc::new(Group { number, members: Vec::new() });
+    let group = groups.entry(number).or_insert_with(alone);
     if let Err(place) = group.members.binary_search(&address) {
-        group.members.insert(place, address);
+        Arc::make_mut(group).members.insert(place, address);
     }
 }
 
-fn leave(groups: &mut BTreeMap<u32, Group>, number: u32, address: PciAddress) {
-    if let Some(group) = groups.get_mut(&number) {
+fn leave(groups: &mut BTreeMap<u32, Arc<Group>>, number: u32, address: PciAddress) {
+    if let Some(group) = groups.get_mut(&number).map(Arc::make_mut) {
         group.members.retain(|member| *member != address);
         if group.members.is_empty() {
             groups.remove(&number);
