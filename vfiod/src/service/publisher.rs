@@ -3,11 +3,12 @@
 //! quick succession is told once; all else in its order.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::client::{ROOT_PATH, device_path, group_path, lease_path};
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::task::yield_now;
+use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 use zbus::fdo::Properties;
 use zbus::object_server::{Interface, InterfaceRef};
@@ -20,7 +21,10 @@ use super::manager::{ManagerObject, ManagerObjectSignals};
 use super::objects::Objects;
 use crate::broker::{Change, Property};
 
-/// After so many changes the bus is told of them, even if more are coming.
+/// How long the bus is told nothing after a change: to tell it takes longer than what somebody still
+/// waits for, and changes in quick succession are one.
+const GATHERING: Duration = Duration::from_millis(10);
+/// So many changes are told at once, however quickly they come.
 const MOST_UNTOLD: usize = 64;
 
 /// Runs until the broker is gone.
@@ -33,14 +37,12 @@ pub(super) async fn run(
     let mut publisher =
         Publisher { connection, caller, groups, news: Vec::new(), changed: BTreeMap::new() };
     while let Some(change) = changes.recv().await {
-        let mut next = Some(change);
-        while let Some(change) = next {
-            publisher.place(change).await;
-            next = changes.try_recv().ok();
-            if next.is_none() && publisher.news.len() < MOST_UNTOLD {
-                // To tell the bus takes longer than what somebody may still wait for.
-                yield_now().await;
-                next = changes.try_recv().ok();
+        publisher.place(change).await;
+        let until = Instant::now() + GATHERING;
+        while !publisher.news.is_empty() && publisher.news.len() < MOST_UNTOLD {
+            match timeout_at(until, changes.recv()).await {
+                Ok(Some(change)) => publisher.place(change).await,
+                Ok(None) | Err(_) => break,
             }
         }
         publisher.tell().await;

@@ -71,7 +71,11 @@ impl Session {
             match self.receive()? {
                 FromLab::Done => return Ok(summary),
                 FromLab::Bench { row } => {
-                    println!("    {}: {:.1} {}", row.name, row.median, row.unit);
+                    let floor = row.floor_ratio.map(|ratio| format!(", {ratio:.2} x floor"));
+                    let peers = row.peer_ratios.iter();
+                    let peers = peers.map(|(peer, ratio)| format!(", {ratio:.2} x {peer}"));
+                    let ratios: String = floor.into_iter().chain(peers).collect();
+                    println!("    {}: {:.1} {}{ratios}", row.name, row.median, row.unit);
                     summary.rows.push(row);
                 }
                 FromLab::Qmp { execute, arguments } => {

@@ -149,6 +149,8 @@ const SCENARIOS: &[Scenario] = &[
     scenario("many", "508 virtual functions for eight tenants", many::run).on(Purpose::Many),
     scenario("bench", "what it costs beside the kernel and its peers", bench::run)
         .on(Purpose::Benchmarks),
+    scenario("bench-attach", "what attaching and releasing cost", bench::attaching)
+        .on(Purpose::Benchmarks),
     scenario("bench-sanitise", "what a reset and cleared memory cost", bench::sanitising)
         .on(Purpose::Benchmarks),
     scenario("bench-many", "what hundreds of virtual functions cost", bench::hundreds)
