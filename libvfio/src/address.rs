@@ -3,14 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// The address of one PCI function: `domain:bus:device.function`, all in hexadecimal.
 ///
 /// Domains above `ffff` exist (Intel VMD starts at `10000`), so the domain is 32 bits wide; the
 /// text form pads it to four digits as the kernel does (`pci_name`, `drivers/pci/probe.c`).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(try_from = "String")]
 pub struct PciAddress {
     domain: u32,
     bus: u8,
@@ -108,9 +108,9 @@ impl FromStr for PciAddress {
     }
 }
 
-impl From<PciAddress> for String {
-    fn from(address: PciAddress) -> Self {
-        address.to_string()
+impl Serialize for PciAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.text(&mut [0; LONGEST]))
     }
 }
 
