@@ -1,15 +1,21 @@
-//! `vfioctl run` and `args` with the real programs on a simulated host, whose monitor is a shell.
+//! `vfioctl run` and `args` with the real programs on a simulated host, whose monitor is a shell; and the
+//! hook that libvirt calls.
 
-use std::process::{Child, Command, Stdio};
+use std::io::Write;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 use vfiod_tests::session::{LONG, Running, Session, program};
 
 const GPU: &str = "0000:01:00.0";
 /// Prints its arguments, then what it has open, and stays.
 const MONITOR: &str = "echo \"args $*\"; ls -l /proc/$$/fd; echo open; exec sleep 600";
+/// Devices of a libvirt domain, on another host.
+const CARDS: [&str; 2] = ["0000:23:00.0", "0000:43:00.0"];
+const UUID: &str = "6b3c7d5e-0d3b-4e0f-9b53-1a2c3d4e5f60";
 
 fn launch(session: &Session) -> Command {
     let mut command = program("vfioctl");
@@ -19,13 +25,13 @@ fn launch(session: &Session) -> Command {
     command
 }
 
-fn leases(session: &Session) -> serde_json::Value {
+fn leases(session: &Session) -> Value {
     serde_json::from_str(&session.done("--json leases").0).unwrap()
 }
 
 fn all_back(session: &Session) {
     let started = Instant::now();
-    while leases(session) != serde_json::json!([]) {
+    while leases(session) != json!([]) {
         assert!(started.elapsed() < LONG, "{}", leases(session));
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -129,7 +135,7 @@ fn a_mediated_device_is_made_for_its_monitor_and_gone_with_it() {
         assert_eq!(printed, format!("--device path=/sys/bus/mdev/devices/{uuid}\n"));
         end(&mut monitor.child, Signal::SIGKILL);
         let started = Instant::now();
-        while leases(&session) != serde_json::json!([]) {
+        while leases(&session) != json!([]) {
             assert!(started.elapsed() < LONG, "{}", leases(&session));
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -160,7 +166,7 @@ fn what_cannot_be_run_is_refused_before_anything_changes() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(status), "{line}: {said}");
         assert!(said.contains(word), "{line}: {said}");
-        assert_eq!(leases(&session), serde_json::json!([]));
+        assert_eq!(leases(&session), json!([]));
     };
     let run = "run --device 10de:2684 --tenant alice";
     refused(&format!("{run} -- qemu-system-x86_64 -m 1G"), 2, "{vfio}");
@@ -170,9 +176,80 @@ fn what_cannot_be_run_is_refused_before_anything_changes() {
     let (shown, _) = session.done(&format!("{run} --dry-run -- qemu-kvm {{vfio}}"));
     assert!(shown.contains("node") || shown.contains("bind 0000:01:00.0"), "{shown}");
     assert!(shown.contains("qemu-kvm -device vfio-pci,host=0000:01:00.0"), "{shown}");
-    assert_eq!(leases(&session), serde_json::json!([]));
+    assert_eq!(leases(&session), json!([]));
     // The lease was made for a command that is not there.
     let output = session.vfioctl(&format!("{run} --vmm qemu -- /nowhere {{vfio}}"));
     assert_eq!(output.status.code(), Some(3));
     all_back(&session);
+}
+
+fn hook(session: &Session, operation: &str, step: &str) -> Output {
+    let hostdev = |address: &str| {
+        let (bus, slot) = (&address[5..7], &address[8..10]);
+        format!(
+            "<hostdev mode='subsystem' type='pci'><source><address domain='0x0000' bus='0x{bus}' \
+             slot='0x{slot}' function='0x0'/></source></hostdev>"
+        )
+    };
+    let devices = CARDS.map(hostdev).concat();
+    let xml =
+        format!("<domain><name>web</name><uuid>{UUID}</uuid><devices>{devices}</devices></domain>");
+    let mut command = program("vfioctl");
+    command.env("VFIOCTL_BUS", &session.address);
+    command.args(["libvirt-hook", "web", operation, step, "-"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(xml.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn done(session: &Session, operation: &str, step: &str) {
+    let output = hook(session, operation, step);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{operation}: {said}");
+    assert!(output.stdout.is_empty(), "{operation} prints what libvirt may take for a domain");
+}
+
+/// Which devices each lease has, and for whom.
+fn leased(session: &Session) -> Vec<(Value, Value)> {
+    let mut leases: Vec<Value> = serde_json::from_str(&session.done("--json leases").0).unwrap();
+    leases.sort_by_key(|lease| lease["devices"].to_string());
+    leases.into_iter().map(|lease| (lease["tenant"].clone(), lease["devices"].clone())).collect()
+}
+
+#[test]
+fn a_domain_has_all_its_devices_for_its_time() {
+    let session = Session::start("hgx8");
+    done(&session, "prepare", "begin");
+    assert_eq!(leased(&session), [(json!("web"), json!(CARDS))]);
+    // libvirt may have been killed before the domain's end.
+    done(&session, "prepare", "begin");
+    done(&session, "started", "begin");
+    assert_eq!(leased(&session), [(json!("web"), json!(CARDS))]);
+    done(&session, "release", "end");
+    done(&session, "release", "end");
+    assert_eq!(leased(&session), []);
+    let output = hook(&session, "started", "begin");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains(&CARDS.join(", ")), "{said}");
+}
+
+#[test]
+fn what_was_leased_for_it_before_is_used_and_what_is_anothers_is_not() {
+    let session = Session::start("hgx8");
+    session.done(&format!("attach {} --tenant alice --vm {UUID}", CARDS[0]));
+    done(&session, "prepare", "begin");
+    let alice = (json!("alice"), json!([CARDS[0]]));
+    assert_eq!(leased(&session), [alice, (json!("web"), json!([CARDS[1]]))]);
+    done(&session, "started", "begin");
+    done(&session, "release", "end");
+    assert_eq!(leased(&session), []);
+
+    session.done(&format!("attach {} --tenant bob", CARDS[1]));
+    let output = hook(&session, "prepare", "begin");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(8), "{said}");
+    assert!(said.contains(CARDS[1]) && said.contains("bob"), "{said}");
+    assert_eq!(leased(&session), [(json!("bob"), json!([CARDS[1]]))], "all or none");
 }

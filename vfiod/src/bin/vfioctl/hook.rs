@@ -87,16 +87,23 @@ async fn answer(operation: Operation, address: Option<&str>) -> Result<(), Troub
     }
 }
 
-/// Leases what the domain does not have already: a lease may have been made for it before.
+/// Leases what the domain does not have already. Mostly that is all of it, so what it has is looked
+/// at only if all of it cannot be had.
 async fn prepare(bus: &Bus, domain: &Domain) -> Result<(), Trouble> {
-    let missing = missing(bus, domain).await?;
-    if missing.is_empty() {
-        return Ok(());
+    let all = domain.devices();
+    let Err(refused) = attach(bus, domain, &all).await else { return Ok(()) };
+    match missing(bus, domain).await {
+        Ok(missing) if missing.is_empty() => Ok(()),
+        Ok(missing) if missing != all => attach(bus, domain, &missing).await,
+        _ => Err(refused),
     }
-    let missing: Vec<&str> = missing.iter().map(String::as_str).collect();
+}
+
+async fn attach(bus: &Bus, domain: &Domain, devices: &[String]) -> Result<(), Trouble> {
+    let devices: Vec<&str> = devices.iter().map(String::as_str).collect();
     let mut options = Options::from([("vm", domain.uuid.as_str().into())]);
     options.extend(domain.pool.as_deref().map(|pool| ("pool", pool.into())));
-    bus.manager.attach(&missing, domain.tenant(), options).await?;
+    bus.manager.attach(&devices, domain.tenant(), options).await?;
     Ok(())
 }
 
