@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use libvfio::client::{ManagerProxy, Options};
+use libvfio::client::{LeaseProxy, ManagerProxy, Options, lease_path};
+use libvfio::error::ErrorKind;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
 use rustix::process::Uid;
@@ -98,6 +99,12 @@ async fn root_is_answered_without_a_bus_as_on_it() {
     let (lease, _) = manager.attach(&[GPU], "alice", Options::new()).await.unwrap();
     let on_the_bus = ManagerProxy::new(&session.connect().await).await.unwrap();
     assert_eq!(on_the_bus.list_leases().await.unwrap()[0].id, lease);
+    let record = manager.describe_lease(&lease).await.unwrap();
+    assert_eq!(record, on_the_bus.describe_lease(&lease).await.unwrap());
+    let unknown = manager.describe_lease("00000000").await.unwrap_err();
+    assert_eq!(unknown.kind(), Some(ErrorKind::NotFound));
+    let object = LeaseProxy::builder(&connection).path(lease_path(&lease)).build().await.unwrap();
+    assert_eq!(object.open_devices().await.unwrap().len(), 1, "a group");
     let refused = manager.attach(&[GPU], "bob", Options::new()).await.unwrap_err();
     assert!(refused.to_string().contains("alice"), "{refused}");
     let bound = Options::from([("while_connected", true.into())]);

@@ -35,8 +35,8 @@ absent is unknown or does not apply, and later versions may add keys. Names of t
 machines have 1 to 64 bytes: letters, digits and `. _ : @ + -`, beginning with a letter or digit.
 
 Root may ask without a bus, which is faster, and `vfioctl` does: at `/run/vfiod/private` the Manager
-answers alone, without signals, to whoever the kernel says is root. What ends with a connection is
-for the bus.
+answers, without signals, to whoever the kernel says is root, and so does each lease made over that
+connection. What ends with a connection is for the bus.
 ";
 
 #[test]

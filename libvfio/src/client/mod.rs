@@ -25,7 +25,7 @@ use zbus::wire::{OwnedObjectPath, OwnedVariant, Variant};
 
 /// The daemon's name on the bus.
 pub const BUS_NAME: &str = "org.vfiod1";
-/// Where root finds [`ManagerProxy`], and nothing else, without a bus.
+/// Where root finds, without a bus, [`ManagerProxy`] and a [`LeaseProxy`] for each lease made there.
 pub const PRIVATE_SOCKET: &str = "/run/vfiod/private";
 /// The root of its objects, where [`ManagerProxy`] is.
 pub const ROOT_PATH: &str = "/org/vfiod1";
@@ -78,6 +78,9 @@ pub trait Manager {
 
     /// Every lease.
     fn list_leases(&self) -> Result<Vec<LeaseRecord>, Failure>;
+
+    /// One lease.
+    fn describe_lease(&self, id: &str) -> Result<LeaseRecord, Failure>;
 
     /// Every device that is not trusted.
     fn list_quarantine(&self) -> Result<Vec<QuarantineRecord>, Failure>;

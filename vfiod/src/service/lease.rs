@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use libvfio::client::Failure;
-use libvfio::error::ErrorKind;
 use zbus::OwnedFd;
 use zbus::message::Header;
 
-use super::Caller;
+use super::{Caller, no_lease};
 use crate::authority::Action;
 use crate::broker::Broker;
 use crate::lease::Lease;
@@ -32,8 +31,7 @@ impl LeaseObject {
 
     /// Whoever made the lease may open its devices; of others only whom polkit lets.
     async fn may_open(&self, header: &Header<'_>) -> Result<(), Failure> {
-        let ended = || Failure::new(ErrorKind::NotFound, format!("there is no lease {}", self.id));
-        let lease = self.caller.broker.lease(&self.id).ok_or_else(ended)?;
+        let lease = self.caller.broker.lease(&self.id).ok_or_else(|| no_lease(&self.id))?;
         let details = HashMap::from([("lease", self.id.as_str()), ("tenant", &lease.tenant)]);
         let authority = &self.caller.authority;
         authority.check_owner(header, lease.owner, Action::Open, &details).await.map(drop)

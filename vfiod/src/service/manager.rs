@@ -10,11 +10,13 @@ use libvfio::client::{
 };
 use libvfio::error::{Error, ErrorKind};
 use libvfio::inventory::Inventory;
+use zbus::ObjectServer;
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::wire::OwnedObjectPath;
 
-use super::Caller;
+use super::lease::LeaseObject;
+use super::{Caller, no_lease};
 use crate::authority::Action;
 use crate::broker::{Asker, Broker, Pools};
 use crate::history::Entry;
@@ -49,6 +51,7 @@ impl ManagerObject {
     async fn attach(
         &self,
         #[zbus(header)] header: Header<'_>,
+        #[zbus(object_server)] server: &ObjectServer,
         devices: Vec<String>,
         tenant: String,
         options: RawOptions,
@@ -95,6 +98,11 @@ impl ManagerObject {
             connections.watch(bound);
         }
         let path = path(lease_path(&lease.id))?;
+        // Whoever has a connection of its own finds the lease there.
+        if authority.on_bus().is_err() {
+            let object = LeaseObject::new(self.caller.clone(), lease.id.clone());
+            server.at(&path, object).await.map_err(Failure::from)?;
+        }
         Ok((lease.id, path))
     }
 
@@ -180,6 +188,11 @@ impl ManagerObject {
     #[zbus(out_args("leases"))]
     fn list_leases(&self) -> Vec<LeaseRecord> {
         self.caller.broker.leases().iter().map(Lease::record).collect()
+    }
+
+    #[zbus(out_args("lease"))]
+    fn describe_lease(&self, id: &str) -> Result<LeaseRecord, Failure> {
+        self.caller.broker.of_lease(id, Lease::record).ok_or_else(|| no_lease(id))
     }
 
     #[zbus(out_args("devices"))]

@@ -105,6 +105,10 @@ impl Service {
     }
 }
 
+fn no_lease(id: &str) -> Failure {
+    Failure::new(ErrorKind::NotFound, format!("there is no lease {id}"))
+}
+
 /// What an object needs to answer a call that takes a while.
 #[derive(Debug, Clone)]
 struct Caller {

@@ -1,5 +1,5 @@
 //! A socket of the daemon's own, over which root asks it without the bus: nothing goes through a third
-//! process. It has the Manager alone, and the calls are the same.
+//! process. It has the Manager and the leases made over it, and the calls are the same.
 
 use std::fs;
 use std::io;

@@ -9,7 +9,7 @@ use libvfio::client::{LeaseRecord, Options, PlanRecord};
 use libvfio::error::ErrorKind;
 
 use crate::args::AttachArgs;
-use crate::bus::Bus;
+use crate::bus::{Bus, Reply};
 use crate::explain::Story;
 use crate::output::{Output, print, print_json};
 use crate::trouble::Trouble;
@@ -31,20 +31,26 @@ async fn attach(
     out: &Output,
 ) -> Result<ExitCode, Trouble> {
     let (id, _) = patiently(bus, bus.manager.attach(devices, tenant, options(args))).await?;
-    // The caller named some functions and got others of the same devices with them.
-    let reply = bus.ask("ListLeases", &()).await?;
-    let lease = reply.read::<Vec<LeaseRecord>>()?.into_iter().find(|lease| lease.id == id);
-    let Some(lease) = lease else {
-        let ended = format!("lease {id} was made, and ended by somebody else at once");
-        return Err(Trouble::new(ErrorKind::NotFound, ended));
-    };
+    let reply = made(bus, &id).await?;
+    let lease: LeaseRecord = reply.read()?;
     if out.json {
-        let value = reply.json_of(|lease: &LeaseRecord| lease.id == id)?;
-        print_json(&value.into_iter().next().unwrap_or_default())?;
+        print_json(&reply.json()?)?;
     } else {
         print(&format!("attached {} to {tenant}: lease {id}\n", held(&lease).join(", ")))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A lease that was just made: the caller named some functions, and got others of the same devices
+/// with them.
+pub(crate) async fn made(bus: &Bus, id: &str) -> Result<Reply, Trouble> {
+    bus.ask("DescribeLease", &(id,)).await.map_err(|trouble| match trouble {
+        Trouble::Refused { kind: ErrorKind::NotFound, .. } => {
+            let ended = format!("lease {id} was made, and ended by somebody else at once");
+            Trouble::new(ErrorKind::NotFound, ended)
+        }
+        other => other,
+    })
 }
 
 /// What a lease holds: functions by address, mediated devices by UUID.

@@ -16,7 +16,7 @@ use serde_json::json;
 use zbus::proxy::CacheProperties;
 
 use crate::args::{ArgsArgs, RunArgs};
-use crate::attach::patiently;
+use crate::attach::{made, patiently};
 use crate::bus::Bus;
 use crate::explain::Story;
 use crate::output::{Output, print, print_json};
@@ -107,43 +107,42 @@ pub(crate) async fn run(
         return dry_run(bus, args, vmm, &devices, out).await.map(Err);
     };
     let (id, _) = patiently(bus, bus.manager.attach(&devices, tenant, options(args))).await?;
-    let lease = bus.manager.list_leases().await?.into_iter().find(|lease| lease.id == id);
-    let ended = || Trouble::new(ErrorKind::NotFound, format!("lease {id} ended at once"));
-    let lease = lease.ok_or_else(ended)?;
-    let mut inherited = Vec::new();
-    let handed = if vmm.takes_descriptors() && lease.interface.as_deref() == Some("iommufd") {
-        let proxy = proxy(bus, address, &id).await?;
-        let mut devices = Vec::new();
-        for (name, descriptor) in proxy.open_devices().await? {
-            let descriptor = OwnedFd::from(descriptor);
-            let is_part = lease.mediated.contains(&name);
-            let device = if is_part { Device::Mediated(name) } else { Device::Function(name) };
-            devices.push((device, descriptor.as_raw_fd()));
-            inherited.push(descriptor);
-        }
-        let iommu = OwnedFd::from(proxy.open_iommu().await?);
-        let handed = Handed::Descriptors { devices, iommu: iommu.as_raw_fd() };
-        inherited.push(iommu);
-        handed
-    } else {
-        by_name(&lease)
-    };
+    let lease: LeaseRecord = made(bus, &id).await?.read()?;
+    let (handed, inherited) =
+        if vmm.takes_descriptors() && lease.interface.as_deref() == Some("iommufd") {
+            opened(bus, &lease).await?
+        } else {
+            (by_name(&lease), Vec::new())
+        };
     // Root's own memory is not limited (`vfio_lock_acct`, CAP_IPC_LOCK).
     if !geteuid().is_root() && !memlock::raise_own(locked)? {
-        proxy(bus, address, &id).await?.lock_memory(locked).await?;
+        proxy(bus, &id).await?.lock_memory(locked).await?;
     }
     Ok(Ok(Launch { command: placed(&args.command, &vmm.arguments(&handed)), inherited }))
 }
 
-/// The lease's own object, which is on the bus.
-async fn proxy(bus: &Bus, address: Option<&str>, id: &str) -> Result<LeaseProxy<'static>, Trouble> {
-    let connection = match bus.connection() {
-        connection if connection.unique_name().is_some() => connection.clone(),
-        _ => Bus::connect(address).await?.connection().clone(),
-    };
-    let proxy =
-        LeaseProxy::builder(&connection).path(lease_path(id)).cache_properties(CacheProperties::No);
-    Ok(proxy.build().await?)
+/// Descriptors of a lease's devices and of what translates for them.
+async fn opened(bus: &Bus, lease: &LeaseRecord) -> Result<(Handed, Vec<OwnedFd>), Trouble> {
+    let proxy = proxy(bus, &lease.id).await?;
+    let (opened, iommu) = tokio::try_join!(proxy.open_devices(), proxy.open_iommu())?;
+    let iommu = OwnedFd::from(iommu);
+    let (mut devices, mut inherited) = (Vec::new(), Vec::new());
+    for (name, descriptor) in opened {
+        let descriptor = OwnedFd::from(descriptor);
+        let is_part = lease.mediated.contains(&name);
+        let device = if is_part { Device::Mediated(name) } else { Device::Function(name) };
+        devices.push((device, descriptor.as_raw_fd()));
+        inherited.push(descriptor);
+    }
+    let handed = Handed::Descriptors { devices, iommu: iommu.as_raw_fd() };
+    inherited.push(iommu);
+    Ok((handed, inherited))
+}
+
+/// The lease's own object.
+async fn proxy(bus: &Bus, id: &str) -> Result<LeaseProxy<'static>, Trouble> {
+    let proxy = LeaseProxy::builder(bus.connection()).path(lease_path(id));
+    Ok(proxy.cache_properties(CacheProperties::No).build().await?)
 }
 
 async fn dry_run(
