@@ -13,7 +13,7 @@ use super::resource;
 pub(super) struct Attribute {
     pub(super) name: &'static str,
     pub(super) mode: u16,
-    /// Which functions have it.
+    /// Which functions have it, from when they are added until they go.
     pub(super) of: fn(&Device) -> bool,
     show: fn(&Kernel, &Device) -> String,
 }

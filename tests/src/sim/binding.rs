@@ -104,6 +104,7 @@ impl Kernel {
             (device.driver, device.vfio) = (Some(name), number);
             // Whoever gets it now may leave something in it.
             device.soiled |= vfio;
+            self.stale.push(format!("sys/devices/{}/driver", device.path));
         }
         self.announce(Action::Bind, address);
         for (class, name, path) in self.members_of(address) {
@@ -160,6 +161,7 @@ impl Kernel {
         }
         let Some(device) = self.devices.get_mut(&address) else { return };
         let had = device.driver.take().is_some();
+        self.stale.push(format!("sys/devices/{}/driver", device.path));
         device.unbind_lock = false;
         device.given = Given::with(device.given.vectors);
         if let Some(number) = device.vfio.take() {

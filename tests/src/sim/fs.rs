@@ -58,7 +58,8 @@ const PAGE: u64 = 4096;
 /// How long the real kernel may believe that something is there, if it can come and go.
 const NO_TIME: Duration = Duration::ZERO;
 /// How long it may believe what never changes, or what it is told the end of: the directories every
-/// host has, those of functions, and everywhere the kind and mode of what is there.
+/// host has, those of functions and what is in them, which driver they are on, and everywhere the kind
+/// and mode of what is there.
 const ALWAYS: Duration = Duration::from_secs(1 << 30);
 
 impl Glue {
@@ -209,28 +210,35 @@ impl Filesystem for Glue {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = (|| {
-            let path = self.inodes().child(parent.0, name.to_str()?)?;
-            let (entry, stays) = self.shared.with(|kernel| {
-                let stays = kernel.stays(&path) || self.lasting && kernel.is_attribute(&path);
-                Some((kernel.entry(&path)?, stays))
-            })?;
-            // The real kernel lets one writer at a time have an inode, and one that sleeps must not
-            // keep all others out, as it does not in sysfs; and it keeps where an inode's link leads.
-            let fresh = match entry {
-                Entry::File(mode) => !stays && mode & 0o222 != 0,
-                Entry::Link(_) => !stays,
-                Entry::Directory | Entry::Node => false,
-            };
-            let number = self.inodes().remember(path, fresh);
-            Some((attributes(number, &entry, self.owner), if stays { ALWAYS } else { NO_TIME }))
-        })();
-        match found {
-            Some((found, there)) => {
-                reply.entry_with_ttls(&ALWAYS, &there, &found, Generation(0));
+        let path = name.to_str().and_then(|name| self.inodes().child(parent.0, name));
+        let Some(path) = path else { return reply.error(Errno::ENOENT) };
+        let (entry, stays) = self.shared.with(|kernel| match kernel.entry(&path) {
+            None => (None, kernel.stays_away(&path)),
+            entry => {
+                let lasts = self.lasting && kernel.is_attribute(&path);
+                (entry, lasts || kernel.stays(&path))
             }
-            None => reply.error(Errno::ENOENT),
-        }
+        });
+        let (entry, number) = match entry {
+            Some(entry) => {
+                // The real kernel lets one writer at a time have an inode, and one that sleeps must
+                // not keep all others out, as it does not in sysfs; and it keeps where an inode's
+                // link leads.
+                let fresh = match entry {
+                    Entry::File(mode) => !stays && mode & 0o222 != 0,
+                    Entry::Link(_) => !stays,
+                    Entry::Directory | Entry::Node => false,
+                };
+                let number = self.inodes().remember(path, fresh);
+                (entry, number)
+            }
+            // By this number the real kernel knows that nothing is there, and for how long.
+            None if stays => (Entry::Directory, 0),
+            None => return reply.error(Errno::ENOENT),
+        };
+        let there = if stays { ALWAYS } else { NO_TIME };
+        let found = attributes(number, &entry, self.owner);
+        reply.entry_with_ttls(&ALWAYS, &there, &found, Generation(0));
     }
 
     fn forget(&self, _: &Request, number: INodeNo, lookups: u64) {

@@ -40,7 +40,8 @@ pub struct Kernel {
     pub(super) faults: Faults,
     pub(super) journal: Vec<Written>,
     pub(super) events: Vec<Uevent>,
-    pub(super) gone: Vec<String>,
+    /// Paths at which something else is now, or nothing any more, where nobody expects it.
+    pub(super) stale: Vec<String>,
     space: Space,
     /// The bridge above each bus.
     bridges: BTreeMap<(u32, u8), PciAddress>,
@@ -138,7 +139,7 @@ impl Kernel {
             faults: Faults::default(),
             journal: Vec::new(),
             events: Vec::new(),
-            gone: Vec::new(),
+            stale: Vec::new(),
             space: Space::default(),
             host: host.clone(),
         };
@@ -363,11 +364,11 @@ impl Kernel {
     pub(super) fn remove(&mut self, address: PciAddress) {
         self.announce(Action::Remove, address);
         let Some(device) = self.devices.remove(&address) else { return };
-        self.gone.push(format!("sys/bus/pci/devices/{address}"));
-        self.gone.push(format!("sys/devices/{}", device.path));
+        self.stale.push(format!("sys/bus/pci/devices/{address}"));
+        self.stale.push(format!("sys/devices/{}", device.path));
         let root = device.path.split('/').next().unwrap_or_default();
         if !self.is_root(root) {
-            self.gone.push(format!("sys/devices/{root}"));
+            self.stale.push(format!("sys/devices/{root}"));
         }
         if let Some(number) = device.group
             && let Some(members) = self.groups.get_mut(&number)

@@ -92,25 +92,36 @@ impl Kernel {
     }
 
     /// Whether what is at a path was there from the start and will never go, or stays what it is
-    /// until its function goes, which is told of by [`take_gone`](Self::take_gone).
+    /// until that is told of by [`take_stale`](Self::take_stale): when its function goes, or gets
+    /// another driver.
     pub(super) fn stays(&self, path: &str) -> bool {
         if self.files.names(path).is_some() || self.files.text(path).is_some() {
             return true;
         }
         if let Some((_, device, rest)) = self.device_at(path) {
             return match rest {
-                "" | "config" | "iommu_group" | "subsystem" | "physfn" => true,
+                "" | "config" | "driver" | "iommu_group" | "subsystem" | "physfn" => true,
                 name => Attribute::of(device, name).is_some_and(|known| known.mode & 0o222 == 0),
             };
         }
-        let is_function = |name: &str| !name.contains('/');
-        path.strip_prefix("sys/bus/pci/devices/").is_some_and(is_function)
-            || path.strip_prefix(DEVICES).is_some_and(is_function)
+        let is_entry = |name: &str| !name.contains('/');
+        // Drivers stay registered.
+        let kept = ["sys/bus/pci/devices/", "sys/bus/pci/drivers/", DEVICES];
+        kept.iter().any(|folder| path.strip_prefix(folder).is_some_and(is_entry))
     }
 
-    /// Paths below the root of functions that went since this was last asked.
-    pub(super) fn take_gone(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.gone)
+    /// Whether nothing comes to be at a path where nothing is, or not until that is told of by
+    /// [`take_stale`](Self::take_stale): a function has the attributes it was added with.
+    pub(super) fn stays_away(&self, path: &str) -> bool {
+        self.device_at(path).is_some_and(|(_, _, rest)| {
+            matches!(rest, "driver" | "physfn") || ATTRIBUTES.iter().any(|known| known.name == rest)
+        })
+    }
+
+    /// Paths below the root at which something else is than there was when this was last asked, or
+    /// nothing any more.
+    pub(super) fn take_stale(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.stale)
     }
 
     /// Whether what is at a path is an attribute of a function.

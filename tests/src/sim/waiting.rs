@@ -66,13 +66,13 @@ impl Shared {
         done
     }
 
-    /// Has the real kernel forget what went, which it may have to ask us for meanwhile, and hands on
-    /// what has happened.
+    /// Has the real kernel forget what is no longer so, which it may have to ask us for meanwhile, and
+    /// hands on what has happened.
     fn tell<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let gone = state.kernel.take_gone();
-        if let Some(cache) = self.cache.get().filter(|_| !gone.is_empty()) {
+        let changed = state.kernel.take_stale();
+        if let Some(cache) = self.cache.get().filter(|_| !changed.is_empty()) {
             drop(state);
-            for path in &gone {
+            for path in &changed {
                 cache.forget(path);
             }
             state = self.lock();
