@@ -15,6 +15,9 @@ pub mod conformance;
 pub mod lab;
 
 #[cfg(feature = "sim")]
+pub mod processor;
+
+#[cfg(feature = "sim")]
 pub mod session;
 
 #[cfg(feature = "sim")]

@@ -5,6 +5,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libvfio::address::PciAddress;
 use libvfio::error::ErrorKind;
@@ -14,6 +15,7 @@ use vfiod::cleaned::Reset;
 use vfiod::history::{Audit, Entry, Event, History};
 use vfiod::request::ReleaseOptions;
 use vfiod_tests::dice::Dice;
+use vfiod_tests::processor;
 use vfiod_tests::sim::{Damage, Described, Effect, Fault, Operation, Sim};
 use vfiod_tests::survival;
 use vfiod_tests::trial::{Setting, attach, settled};
@@ -26,6 +28,8 @@ const LAB: &str = include_str!("../hosts/lab.toml");
 const CYCLES: u64 = 10_000;
 /// Cycles that one host sees, so that its history drops none of them.
 const SEASON: u64 = 1000;
+/// Hosts at once, each on a processor of its own where there are so many.
+const HOSTS: usize = 2;
 /// Devices that are leased at a time, each with those of its group.
 const DEVICES: [&str; 6] = [
     // Reset by its bus with its audio function, and cleared.
@@ -158,26 +162,42 @@ fn faults_of(doctored: &[Entry]) -> Vec<String> {
     Audit::of(&entries).faults().to_vec()
 }
 
+/// A season, and what its history tells: how often a device was handed to somebody, and how often one
+/// ended in quarantine.
+fn audited_season(count: u64, seed: u64) -> (u64, usize) {
+    let records = tempfile::TempDir::new_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let ill = season(records.path(), count, seed);
+    let (history, entries) = history(records.path());
+    let checked = history.check().unwrap();
+    assert_eq!((checked.faults, checked.head.first), (Vec::new(), 0));
+    let audit = Audit::of(&entries);
+    assert_eq!(audit.faults(), [""; 0], "VFIOD_RANDOM_SEED={seed}");
+    let quarantined = entries.iter().filter(|entry| entry.event == Event::Quarantined).count();
+    assert!(audit.handed() >= count && quarantined > 0, "{}, {quarantined}", audit.handed());
+    (audit.handed(), ill)
+}
+
 #[test]
 fn whatever_fails_nobody_is_given_what_is_not_clean() {
     let cycles = number("VFIOD_CYCLES").unwrap_or(CYCLES);
     let seed = number("VFIOD_RANDOM_SEED").unwrap_or(SEED);
     println!("VFIOD_RANDOM_SEED={seed}");
-    let (mut handed, mut ill) = (0, 0);
-    for season in 0..cycles.div_ceil(SEASON) {
-        let records =
-            tempfile::TempDir::new_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        let count = SEASON.min(cycles - season * SEASON);
-        ill += self::season(records.path(), count, seed + season);
-        let (history, entries) = history(records.path());
-        let checked = history.check().unwrap();
-        assert_eq!((checked.faults, checked.head.first), (Vec::new(), 0));
-        let audit = Audit::of(&entries);
-        assert_eq!(audit.faults(), [""; 0], "VFIOD_RANDOM_SEED={seed}");
-        handed += audit.handed();
-        let quarantined = entries.iter().filter(|entry| entry.event == Event::Quarantined).count();
-        assert!(audit.handed() >= count && quarantined > 0, "{handed}, {quarantined}");
-    }
+    let begun = AtomicU64::new(0);
+    let play = |host| {
+        processor::keep_to(host).expect("no processor is left");
+        let next = || Some(begun.fetch_add(1, Ordering::SeqCst)).filter(|n| n * SEASON < cycles);
+        let seasons = std::iter::from_fn(next);
+        let audited = seasons.map(|n| audited_season(SEASON.min(cycles - n * SEASON), seed + n));
+        audited.fold((0, 0), |(handed, ill), (more, worse)| (handed + more, ill + worse))
+    };
+    let (handed, ill) = std::thread::scope(|scope| {
+        let play = &play;
+        let hosts: Vec<_> = (0..HOSTS).map(|host| scope.spawn(move || play(host))).collect();
+        hosts.into_iter().fold((0, 0), |(handed, ill), host| {
+            let (more, worse) = host.join().expect("a season went wrong");
+            (handed + more, ill + worse)
+        })
+    });
     assert!(ill > 0, "nothing went wrong");
     survival::told(&format!(
         "lease cycles: {cycles} with {ill} quarantines passed, by the history of {handed} grants"

@@ -10,6 +10,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use tempfile::TempDir;
 use vfiod::request::ApplyOptions;
+use vfiod_tests::processor;
 use vfiod_tests::sim::{Described, Sim};
 use vfiod_tests::survival;
 use vfiod_tests::trial::{Setting, say_policy};
@@ -96,6 +97,7 @@ fn plan_equals_apply_and_apply_twice_changes_nothing() {
 
 /// Plays a share of the policies on a host of its own; how many steps they took.
 fn play(seed: u32, host: u32, policies: u32) -> usize {
+    processor::keep_to(host as usize).unwrap();
     let sim = Sim::mount_lasting(&Described::parse(LAB).unwrap()).unwrap();
     // As the real ones are, in memory.
     let memory = Path::new("/dev/shm");

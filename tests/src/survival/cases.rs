@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result};
 
 use super::Ground;
+use crate::processor;
 
 /// Hosts at once. Most of a case's time goes into processes that start.
 const THREADS: usize = 4;
@@ -26,7 +27,8 @@ pub fn each<T: Sync + Display>(
     run: impl Fn(&Ground, &T) -> Result<()> + Sync,
 ) {
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let work = || {
+    let work = |thread| {
+        processor::keep_to(thread).expect("no processor is left");
         let mut kept: Option<Ground> = None;
         while let Some(case) = cases.get(next.fetch_add(1, Ordering::SeqCst)) {
             let used = match kept.take() {
@@ -44,8 +46,9 @@ pub fn each<T: Sync + Display>(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 0..THREADS.min(cases.len()) {
-            scope.spawn(work);
+        for thread in 0..THREADS.min(cases.len()) {
+            let work = &work;
+            scope.spawn(move || work(thread));
         }
     });
     let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
