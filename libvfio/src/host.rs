@@ -17,13 +17,14 @@ use crate::error::Error;
 /// What a simulation adds to the files of its host: its name, a file that loads the module whose name
 /// is written to it, one that does what NVIDIA's program would, given the same arguments, one that
 /// does what VFIO's hot reset would to all functions on the bus of the one whose address is written,
-/// and one that clears the memory of the function whose address is written and reads which functions
-/// have something in theirs.
+/// one that clears the memory of the function whose address is written and reads which functions
+/// have something in theirs, and a directory of the regions of those whose memory can be mapped.
 const SIMULATED: &str = "sim/name";
 pub(crate) const LOAD_MODULE: &str = "sim/load-module";
 pub(crate) const SIMULATED_SRIOV_MANAGE: &str = "sim/sriov-manage";
 pub(crate) const SIMULATED_HOT_RESET: &str = "sim/hot-reset";
 pub(crate) const SIMULATED_MEMORY: &str = "sim/memory";
+pub(crate) const SIMULATED_REGIONS: &str = "sim/regions";
 
 /// Where a host's kernel interfaces are found.
 #[derive(Debug, Clone)]

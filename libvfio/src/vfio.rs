@@ -4,9 +4,10 @@
 //! VMM's way; only `nodes` opens any for somebody else. The ioctls that vfio-ioctls lacks are
 //! written out here (`include/uapi/linux/vfio.h`).
 
+mod memory;
 mod nodes;
 mod opened;
-mod scrub;
+mod region;
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -20,11 +21,11 @@ use crate::error::Error;
 use crate::host::HostRoot;
 use crate::pci::Function;
 
+pub use memory::{Memory, Wrong};
 pub(crate) use nodes::nodes_of;
 pub use nodes::{Interface, Node, Openable, interface, nodes, open_iommu, open_nodes};
 pub(crate) use opened::hot_reset;
-pub use scrub::clear;
-pub(crate) use scrub::zero;
+pub(crate) use region::Region;
 
 #[repr(C)]
 #[derive(Debug, Default)]

@@ -1,7 +1,7 @@
 //! Scrubbers on a simulated kernel: each does what it says after a lease, on the driver it needs, and
 //! whatever becomes of it, nobody gets what it has not cleared.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,6 +15,14 @@ use vfiod::lease::State;
 use vfiod::request::{ApplyOptions, AttachOptions, HistoryOptions, ReleaseOptions};
 use vfiod_tests::sim::{Described, Effect, Fault, Operation, Sim};
 use vfiod_tests::trial::{Setting, attach, eventually, say_policy, settled};
+
+/// The display, whose memory is known to be reached through a region.
+const DISPLAY: &str = "
+[pool.displays]
+mode = 'on-lease'
+select = [{ address = '0000:03:00.0' }]
+scrub = 'bar-zero'
+";
 
 /// The lab's machine.
 const LAB: &str = include_str!("../hosts/lab.toml");
@@ -315,6 +323,63 @@ fn a_device_that_a_program_has_spoilt_is_kept_as_well() {
     std::fs::write(stage.sim.root().join("sys/bus/pci/rescan"), "1").unwrap();
     stage.broker.notice([at(NIC)]);
     stage.is_kept_from_all(NIC, "no device");
+}
+
+/// Its memory is a real file here, which the worker maps, overwrites and reads.
+#[test]
+fn memory_is_overwritten_and_read_back_as_the_policy_says() {
+    for (scrub, done) in [("bar-zero", "zeros"), ("bar-zero-sampled", "zeros-sampled")] {
+        let stage = start(&DISPLAY.replace("bar-zero", scrub));
+        let weaker = (done == "zeros-sampled").then(|| {
+            "of its memory, once cleared, only samples are read back, by the policy".to_owned()
+        });
+        let plan = stage.broker.plan(&[GPU.into()], &AttachOptions::default(), 0).unwrap();
+        let warned = plan.warnings.iter().any(|warning| warning.contains("only samples"));
+        assert_eq!(warned, weaker.is_some(), "{plan:?}");
+        let lease = attach(&stage.broker, GPU, "alice").unwrap();
+        let care = lease.record().cleaning.remove(0);
+        assert_eq!((care.scrub.as_str(), &care.weaker), (scrub, &weaker));
+        let memory = stage.sim.memory(at(GPU)).unwrap();
+        let size = memory.metadata().unwrap().len();
+        for place in [0, 4096 * 77 + 5, size - 1] {
+            memory.write_all_at(b"!", place).unwrap();
+        }
+        stage.release(&lease.id).unwrap();
+        let mut found = vec![0xff; usize::try_from(size).unwrap()];
+        memory.read_exact_at(&mut found, 0).unwrap();
+        assert!(found.iter().all(|byte| *byte == 0), "{scrub}");
+        assert_eq!(stage.cleaned(GPU), ("bus".into(), done.into(), weaker));
+        attach(&stage.broker, GPU, "bob").unwrap();
+    }
+}
+
+/// A kernel that takes the zeros and leaves something in memory all the same.
+#[test]
+fn memory_that_is_not_zeros_afterwards_is_nobodys() {
+    const SIZE: usize = 16 << 20;
+    let page = Effect::Leave(4096 * 77, 4096);
+    // What a device reads as that does not answer.
+    let ones = Effect::Leave(0, SIZE);
+    let sampled = [page, Effect::Leave(0, 1), Effect::Leave((SIZE - 1) as u64, 1), ones];
+    let full = sampled.clone().into_iter().chain([Effect::Leave(4096 * 77 + 5, 1)]);
+    let full = full.map(|effect| ("bar-zero", effect));
+    let sampled = sampled.into_iter().map(|effect| ("bar-zero-sampled", effect));
+    for (scrub, effect) in full.chain(sampled) {
+        let case = format!("{scrub}, {effect:?}");
+        let stage = start(&DISPLAY.replace("bar-zero", scrub));
+        let lease = attach(&stage.broker, GPU, "alice").unwrap();
+        let size = stage.sim.memory(at(GPU)).unwrap().metadata().unwrap().len();
+        assert_eq!(size, SIZE as u64);
+        let fault = Fault { on: Operation::Scrub, device: Some(at(GPU)), nth: 1, effect };
+        stage.sim.arm(fault);
+        let failure = stage.release(&lease.id).expect_err(&case);
+        assert!(failure.to_string().contains("something else at 0x"), "{case}: {failure}");
+        assert_eq!(stage.cleaned(GPU).1, "failed", "{case}");
+        stage.is_kept_from_all(GPU, "zeros throughout");
+        // What was in the way has gone, and then it is anybody's.
+        stage.broker.heal(GPU, 0).unwrap();
+        attach(&stage.broker, GPU, "bob").unwrap();
+    }
 }
 
 #[test]

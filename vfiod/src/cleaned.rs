@@ -5,7 +5,7 @@ use libvfio::address::PciAddress;
 use libvfio::client::CleanedRecord;
 use libvfio::plan::Scrubbing;
 use libvfio::policy::Resets;
-use libvfio::scrub::Scrubber;
+use libvfio::scrub::{ReadBack, Scrubber};
 use libvfio::step::Step;
 use serde::{Deserialize, Serialize};
 
@@ -45,12 +45,14 @@ pub enum Reset {
     Failed,
 }
 
-/// Whether a function's memory was cleared. What was cleared was read back.
+/// Whether a function's memory was cleared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scrub {
     /// All of it reads zeros.
     Zeros,
+    /// All of it was overwritten with zeros, and those samples of it that were read are.
+    ZerosSampled,
     /// Its controller has erased it.
     Erased,
     /// A program of the administrator's says so.
@@ -83,10 +85,21 @@ impl Reset {
 }
 
 impl Scrub {
+    /// What a scrubber has done that ended well.
+    fn by(scrubber: &Scrubber) -> Self {
+        match scrubber {
+            Scrubber::BarZero { read_back: ReadBack::Full, .. } => Self::Zeros,
+            Scrubber::BarZero { read_back: ReadBack::Sampled, .. } => Self::ZerosSampled,
+            Scrubber::Nvme => Self::Erased,
+            Scrubber::Command { .. } => Self::Command,
+        }
+    }
+
     /// The word for it, as it is serialised.
     pub fn name(self) -> &'static str {
         match self {
             Self::Zeros => "zeros",
+            Self::ZerosSampled => "zeros-sampled",
             Self::Erased => "erased",
             Self::Command => "command",
             Self::None => "none",
@@ -123,16 +136,16 @@ impl Cleaned {
             Some(recorded) if recorded.step.others().is_empty() => Reset::Alone,
             Some(_) => Reset::Bus,
         };
-        let scrub = match steps().find(|r| matches!(r.step, Step::Scrub { .. })) {
+        let scrubber = |recorded: &Recorded| match &recorded.step {
+            Step::Scrub { with, .. } => Some((with.clone(), recorded.outcome)),
+            _ => None,
+        };
+        let scrub = match steps().find_map(scrubber) {
             None if lease.skipped.scrub => Scrub::Skipped,
             None if care.is_some_and(|care| care.scrub == Scrubbing::None) => Scrub::None,
             None => Scrub::Unknown,
-            Some(Recorded { outcome: None, .. }) => Scrub::Failed,
-            Some(Recorded { step: Step::Scrub { with: Scrubber::Nvme, .. }, .. }) => Scrub::Erased,
-            Some(Recorded { step: Step::Scrub { with: Scrubber::Command { .. }, .. }, .. }) => {
-                Scrub::Command
-            }
-            Some(_) => Scrub::Zeros,
+            Some((_, None)) => Scrub::Failed,
+            Some((scrubber, Some(_))) => Scrub::by(&scrubber),
         };
         Self { device, reset, scrub, weaker: lease.weaker(device) }
     }

@@ -228,7 +228,8 @@ pub struct CareRecord {
     /// The method it is reset by (`flr`, `bus`), or `none` (by the policy), `skipped` (by request) or
     /// `impossible`.
     pub reset: String,
-    /// `bar-zero`, `nvme` or `command`, or `none` (by the policy), `skipped` (by request) or `unknown`.
+    /// `bar-zero`, `bar-zero-sampled`, `nvme` or `command`, or `none` (by the policy), `skipped` (by
+    /// request) or `unknown`.
     pub scrub: String,
     /// In what that is less than the default, if it is.
     pub weaker: Option<String>,
@@ -290,7 +291,7 @@ pub struct CleanedRecord {
     pub device: String,
     /// `alone`, `bus`, `none`, `skipped`, `impossible`, `gone` or `failed`.
     pub reset: String,
-    /// `zeros`, `erased`, `command`, `none`, `skipped`, `unknown`, `gone` or `failed`.
+    /// `zeros`, `zeros-sampled`, `erased`, `command`, `none`, `skipped`, `unknown`, `gone` or `failed`.
     pub scrub: String,
     /// In what that is less than the default, if it is.
     pub weaker: Option<String>,

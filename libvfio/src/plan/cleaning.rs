@@ -10,7 +10,7 @@ use crate::modalias::same_driver;
 use crate::pci::Function;
 use crate::policy::Resets;
 use crate::quirks;
-use crate::scrub::{self, Scrubber};
+use crate::scrub::{self, ReadBack, Scrubber};
 use crate::step::{Step, Tunable};
 
 /// How a function is cleaned when its lease ends. Decided when that is made, so that who leases
@@ -63,8 +63,13 @@ impl Care {
             }
             _ => None,
         };
-        let scrub =
-            (self.scrub == Scrubbing::None).then_some("its memory is not cleared, by the policy");
+        let scrub = match &self.scrub {
+            Scrubbing::None => Some("its memory is not cleared, by the policy"),
+            Scrubbing::With(Scrubber::BarZero { read_back: ReadBack::Sampled, .. }) => {
+                Some("of its memory, once cleared, only samples are read back, by the policy")
+            }
+            _ => None,
+        };
         let all: Vec<&str> = reset.into_iter().chain(scrub).collect();
         (!all.is_empty()).then(|| all.join("; "))
     }

@@ -135,7 +135,8 @@ pub const POOL: Section = Section {
             "scrub",
             Kind::TextOrTable,
             "where known",
-            "what clears their memory when a lease ends: `bar-zero`, `nvme`, `none`, or a table \
+            "what [clears their memory](guide.md#scrubbers) when a lease ends: `bar-zero`, \
+             `bar-zero-sampled` (of which only samples are read back), `nvme`, `none`, or a table \
              [with a program](#poolnamescrub)",
         ),
         key(

@@ -13,7 +13,7 @@ use super::{BOOT_LIMIT, Lessees, Mode, Policy, Pool, Problem, Problems, Resets, 
 use crate::address::PciAddress;
 use crate::iommu::Isolation;
 use crate::pci::class::ClassAlias;
-use crate::scrub;
+use crate::scrub::{self, ReadBack};
 use crate::shape::{self, Form, Setting, Shape};
 
 /// The longest name of a pool, in bytes.
@@ -340,7 +340,8 @@ impl Reader<'_> {
         let value = table.get("scrub")?;
         let Some(table) = as_table(value) else {
             let word = |text: &str| match text {
-                "bar-zero" => Ok(scrub::Rule::BarZero),
+                "bar-zero" => Ok(scrub::Rule::BarZero(ReadBack::Full)),
+                "bar-zero-sampled" => Ok(scrub::Rule::BarZero(ReadBack::Sampled)),
                 "nvme" => Ok(scrub::Rule::Nvme),
                 "none" => Ok(scrub::Rule::None),
                 _ => Err(format!("'{text}' is no scrubber")),

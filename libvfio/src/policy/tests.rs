@@ -1,4 +1,5 @@
 use super::*;
+use crate::scrub::ReadBack;
 
 fn source(name: &str, text: &str) -> Source {
     Source { name: name.to_owned(), text: text.to_owned() }
@@ -48,6 +49,17 @@ scrub = { command = ['/sbin/wipe', '-a'], timeout = 7, driver = 'igb' }
     let (command, driver) = (vec!["/sbin/wipe".into(), "-a".into()], Some("igb".into()));
     assert_eq!(net.scrub, scrub::Rule::Command { command, timeout: 7, driver });
     assert_eq!(gpus.scrub, scrub::Rule::Known);
+    let scrub = |word: &str| {
+        let text = format!("{POOL}scrub = '{word}'");
+        Policy::parse(&[source("a", &text)]).unwrap().pools.remove(0).scrub
+    };
+    let all = [
+        scrub::Rule::BarZero(ReadBack::Full),
+        scrub::Rule::BarZero(ReadBack::Sampled),
+        scrub::Rule::Nvme,
+        scrub::Rule::None,
+    ];
+    assert_eq!(scrub::Rule::NAMES.map(scrub), all);
     assert!(net.lessees.serves("ops-7") && !net.lessees.serves("alice"));
     assert!(gpus.lessees.serves("anyone") && !gpus.lessees.names_callers());
 }
@@ -74,6 +86,10 @@ fn every_fault_is_told_with_its_place_and_the_nearest_word() {
         (
             format!("{POOL}reset-order = ['frl']"),
             "p:4:16: 'frl' is no reset method; did you mean 'flr'?",
+        ),
+        (
+            format!("{POOL}scrub = 'bar-zero-samples'"),
+            "p:4:9: 'bar-zero-samples' is no scrubber; did you mean 'bar-zero-sampled'?",
         ),
         (format!("{POOL}scrub = 'nmve'"), "p:4:9: 'nmve' is no scrubber; did you mean 'nvme'?"),
         (

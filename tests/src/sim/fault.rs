@@ -1,6 +1,8 @@
 //! Faults armed at operations of the simulated kernel, when they strike, and how. Changes the
 //! kernel's state, sleeps never.
 
+use std::os::unix::fs::FileExt;
+
 use libvfio::address::PciAddress;
 use nix::errno::Errno;
 
@@ -55,6 +57,8 @@ pub enum Effect {
     SucceedWithoutEffect,
     /// It is done, and afterwards the function is like this.
     Spoil(Damage),
+    /// It is done, and afterwards something is in so many bytes of its memory from this one on.
+    Leave(u64, usize),
     /// It reports success, and afterwards this driver has the function.
     BindOther(String),
     /// It does not return, uninterruptibly, until [`let_go`](super::Sim::let_go) has it done.
@@ -143,6 +147,14 @@ impl Kernel {
                 let done = act(self)?;
                 if let Some(device) = device.and_then(|device| self.devices.get_mut(&device)) {
                     device.damage = Some(damage);
+                }
+                Ok(done)
+            }
+            Effect::Leave(at, bytes) => {
+                let done = act(self)?;
+                let device = device.and_then(|device| self.devices.get(&device));
+                if let Some(memory) = device.and_then(|device| device.memory.as_ref()) {
+                    memory.write_all_at(&vec![0xff; bytes], at).map_err(|_| Errno::EFAULT)?;
                 }
                 Ok(done)
             }

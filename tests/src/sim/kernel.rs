@@ -1,14 +1,18 @@
 //! The state of a simulated kernel: devices, drivers and groups, as the Linux driver core keeps
-//! them. Pure: it sleeps never and touches nothing; whoever calls it does the waiting.
+//! them. It sleeps never and touches nothing but what stands for devices' memory; whoever calls it does
+//! the waiting.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
 use libvfio::address::PciAddress;
 use libvfio::mediated::Uuid;
 use libvfio::pci::Binding;
+use libvfio::scrub::PROFILES;
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::described::{Described, Driver, Function, moved};
 use super::event::{Action, Uevent};
@@ -75,6 +79,8 @@ pub(super) struct Device {
     pub(super) unbind_lock: bool,
     /// Somebody may have left something in its memory.
     pub(super) soiled: bool,
+    /// Its memory, where it is known that a region shows all of that.
+    pub(super) memory: Option<Arc<File>>,
     /// How many errors it has reported that nobody could correct, fatal ones first.
     pub(super) errors: [u64; 2],
     /// What a reset has made of it.
@@ -242,6 +248,11 @@ impl Kernel {
         Some(format!("{:?}, {profile:?}", device.given))
     }
 
+    /// The memory of a function, where it is known that a region shows all of that.
+    pub fn memory(&self, address: PciAddress) -> Option<Arc<File>> {
+        self.devices.get(&address)?.memory.clone()
+    }
+
     /// The mediated devices there are.
     pub fn mediated(&self) -> BTreeSet<Uuid> {
         self.parts.keys().copied().collect()
@@ -321,11 +332,13 @@ impl Kernel {
 
     /// A device on its own, nowhere yet.
     fn device(&mut self, description: Arc<Function>) -> Device {
+        let regions = self.space.place(&description.bars);
         Device {
             parent: None,
             path: String::new(),
             numa: None,
-            regions: self.space.place(&description.bars),
+            memory: memory(description.id, &regions),
+            regions,
             physical: None,
             vfs: Vec::new(),
             group: None,
@@ -418,6 +431,16 @@ impl Kernel {
             }
         }
     }
+}
+
+/// As large as the region that shows it. Without any, where the machine has no more to spare.
+fn memory(id: IdPair, regions: &[Region]) -> Option<Arc<File>> {
+    let IdPair { vendor, device } = id;
+    let known = PROFILES.iter().find(|known| (known.vendor, known.device) == (vendor, device))?;
+    let size = regions.iter().find(|region| region.index == known.bar)?.size;
+    let file = File::from(memfd_create("memory", MFdFlags::MFD_CLOEXEC).ok()?);
+    file.set_len(size).ok()?;
+    Some(Arc::new(file))
 }
 
 fn bridges(host: &Described) -> BTreeMap<(u32, u8), PciAddress> {

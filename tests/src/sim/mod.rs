@@ -25,6 +25,7 @@ mod vendor;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -173,6 +174,11 @@ impl Sim {
     /// All that a virtual function was given of what its physical one shares out, in words.
     pub fn given(&self, address: PciAddress) -> Option<String> {
         self.shared.with(|kernel| kernel.given(address))
+    }
+
+    /// The memory of a function, where it is known that a region shows all of that.
+    pub fn memory(&self, address: PciAddress) -> Option<Arc<File>> {
+        self.shared.with(|kernel| kernel.memory(address))
     }
 
     /// The mediated devices there are.

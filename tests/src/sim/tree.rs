@@ -1,6 +1,8 @@
 //! The tree of files a simulated kernel shows, by paths below the root. Reads the kernel's state;
 //! reading changes nothing, but a fault may strike.
 
+use std::os::fd::AsRawFd;
+
 use libvfio::address::PciAddress;
 use nix::errno::Errno;
 
@@ -23,6 +25,8 @@ pub enum Entry {
 
 const DEVICES: &str = "sys/devices/";
 const DRIVER_FILES: [&str; 2] = ["bind", "unbind"];
+/// What no kernel has.
+const SIMULATED: [&str; 5] = ["load-module", "sriov-manage", "hot-reset", "memory", "regions"];
 
 impl Kernel {
     /// What is at a path; `None` if nothing is.
@@ -50,6 +54,12 @@ impl Kernel {
             ["sys", "bus", "pci", "drivers_probe" | "rescan"]
             | ["sim", "load-module" | "sriov-manage" | "hot-reset"] => Some(Entry::File(0o200)),
             ["sim", "memory"] => Some(Entry::File(0o600)),
+            ["sim", "regions"] => Some(Entry::Directory),
+            ["sim", "regions", name] => {
+                let memory = self.devices.get(&self.find(name)?)?.memory.as_ref()?;
+                let process = std::process::id();
+                Some(Entry::Link(format!("/proc/{process}/fd/{}", memory.as_raw_fd())))
+            }
             ["sys", "bus", "pci", "drivers", name] => self.driver(name).map(|_| Entry::Directory),
             ["sys", "bus", "pci", "drivers", driver, name] => {
                 if DRIVER_FILES.contains(name) && self.driver(driver).is_some() {
@@ -175,8 +185,11 @@ impl Kernel {
                 let members = self.members.keys().filter(|(known, _)| known == class);
                 names.extend(members.map(|(_, name)| name.clone()));
             }
-            ["sim"] => names
-                .extend(["load-module", "sriov-manage", "hot-reset", "memory"].map(str::to_owned)),
+            ["sim"] => names.extend(SIMULATED.map(str::to_owned)),
+            ["sim", "regions"] => {
+                let with_memory = self.devices.iter().filter(|(_, device)| device.memory.is_some());
+                names.extend(all(&mut with_memory.map(|(address, _)| address)));
+            }
             ["dev", "vfio"] => {
                 let groups = self.vfio.values().filter_map(|a| self.devices.get(a)?.group);
                 let mut groups: Vec<u32> = groups.collect();

@@ -4,15 +4,17 @@ mod command;
 mod nvme;
 mod program;
 
+use std::time::{Duration, Instant};
+
 use super::{Done, changed};
 use crate::address::PciAddress;
 use crate::host::{HostRoot, SIMULATED_MEMORY};
 use crate::modalias::same_driver;
 use crate::pci::Function;
-use crate::scrub::Scrubber;
+use crate::scrub::{ReadBack, Scrubber};
 use crate::step::health::Health;
 use crate::step::{Cause, Outcome};
-use crate::vfio;
+use crate::vfio::{Region, Wrong};
 
 /// Scrubs a function that is where its scrubber works, by that.
 pub(super) fn scrub(host: &HostRoot, device: PciAddress, with: &Scrubber) -> Done {
@@ -27,7 +29,9 @@ pub(super) fn scrub(host: &HostRoot, device: PciAddress, with: &Scrubber) -> Don
         _ => {}
     }
     match with {
-        Scrubber::BarZero { bar } => zero(host, function, *bar)?,
+        Scrubber::BarZero { bar, read_back } => {
+            zero(host, function, (*bar, *read_back), with.limit())?;
+        }
         Scrubber::Nvme if host.is_real() => nvme::erase(host, device, with.limit())?,
         Scrubber::Nvme => simulated(host, device)?,
         Scrubber::Command { command, .. } => {
@@ -38,14 +42,30 @@ pub(super) fn scrub(host: &HostRoot, device: PciAddress, with: &Scrubber) -> Don
     Ok(Outcome::Done)
 }
 
-fn zero(host: &HostRoot, function: &Function, bar: u8) -> Result<(), Cause> {
+/// Overwrites a region and reads it back, for `limit` at most.
+fn zero(
+    host: &HostRoot,
+    function: &Function,
+    (bar, read_back): (u8, ReadBack),
+    limit: Duration,
+) -> Result<(), Cause> {
+    let until = Instant::now() + limit;
+    let wrong = |wrong| match wrong {
+        Wrong::Forgets(at) => Cause::ReadBack {
+            wanted: format!("what was written through BAR {bar} at {at:#x}"),
+            found: "something else".to_owned(),
+        },
+        Wrong::Left(at) => not_zero(&format!("something else at {at:#x}")),
+        Wrong::Late => {
+            Cause::Program(format!("clearing BAR {bar} did not end within {} s", limit.as_secs()))
+        }
+    };
+    let mut region = Region::open(host, function, bar)?;
+    region.memory().overwrite(until).map_err(wrong)?;
     if !host.is_real() {
-        return simulated(host, function.address);
+        simulated(host, function.address)?;
     }
-    match vfio::zero(host, function, bar)? {
-        None => Ok(()),
-        Some(at) => Err(not_zero(&format!("something else at {at:#x}"))),
-    }
+    region.memory().look(read_back, until).map_err(wrong)
 }
 
 /// A simulated host has one kind of memory, whatever clears it.

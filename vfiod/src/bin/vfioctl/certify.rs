@@ -77,7 +77,7 @@ enum Clean {
 impl Clean {
     fn of(entry: &HistoryRecord) -> Self {
         let each = |c: &CleanedRecord| match (c.reset.as_str(), c.scrub.as_str()) {
-            ("alone" | "bus", "zeros" | "erased" | "command") => Self::All,
+            ("alone" | "bus", "zeros" | "zeros-sampled" | "erased" | "command") => Self::All,
             ("alone" | "bus", "unknown") => Self::AsKnown,
             _ => Self::No,
         };
@@ -214,6 +214,10 @@ mod tests {
         let known = |reset, scrub| Clean::of(&ended(vec![cleaned(reset, scrub)]));
         assert_eq!(known("alone", "erased"), Clean::All);
         assert_eq!(known("alone", "unknown"), Clean::AsKnown);
+        // Which check it was is said all the same.
+        assert_eq!(known("bus", "zeros-sampled"), Clean::All);
+        let text = told(&ended(vec![cleaned("bus", "zeros-sampled")]));
+        assert!(text.contains("memory zeroed, samples of it read back\n"), "{text}");
         for (reset, scrub) in
             [("none", "zeros"), ("bus", "none"), ("impossible", "zeros"), ("bus", "skipped")]
         {

@@ -70,6 +70,7 @@ pub(crate) fn cleaning(cleaned: &CleanedRecord) -> String {
     };
     let scrub = match cleaned.scrub.as_str() {
         "zeros" => "memory zeroed",
+        "zeros-sampled" => "memory zeroed, samples of it read back",
         "erased" => "namespaces erased",
         "command" => "memory cleared by the administrator's program",
         "none" => "memory left, by the policy",
