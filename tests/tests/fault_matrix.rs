@@ -7,7 +7,8 @@ use nix::errno::Errno;
 use std::fmt;
 use vfiod_tests::sim::Effect;
 use vfiod_tests::survival::{
-    self, GPU, Ground, NUMBERED, OTHER_VF, Place, SERIAL, SETTINGS, SHAPED, VF, numbering, places,
+    self, GPU, Ground, NUMBERED, OTHER_VF, Place, SERIAL, SETTINGS, SHAPED, Scrubbed, VF,
+    numbering, places,
 };
 use vfiod_tests::trial::{Setting, eventually, settled};
 
@@ -243,6 +244,130 @@ impl Case {
         ensure!(left.is_empty(), "{} are left of {ids:?}", left.len());
         ground.restore(&[])
     }
+}
+
+/// What a release meets that clears what a tenant has left.
+#[derive(Debug, Clone)]
+enum Met {
+    Fault(Place, Effect),
+    /// What its program does.
+    Program(&'static str),
+}
+
+struct ScrubCase {
+    scrubbed: Scrubbed,
+    met: Met,
+}
+
+impl fmt::Display for ScrubCase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.met {
+            Met::Fault(place, effect) => write!(f, "{:?}, {effect:?} at '{place}'", self.scrubbed),
+            Met::Program(script) => write!(f, "{:?}, '{script}'", self.scrubbed),
+        }
+    }
+}
+
+/// What programs do that do not clear, and what is said of it.
+const PROGRAMS: [(&str, &str); 4] = [
+    ("echo no room >&2; exit 3", "failed (status 3): no room"),
+    ("kill -KILL $$", "signal: 9"),
+    ("sleep 60", "did not end within 3 s"),
+    ("exec /nowhere/scrub", "status 127"),
+];
+
+impl ScrubCase {
+    fn all(scrubbed: Scrubbed) -> Result<Vec<Self>> {
+        let mut met = Vec::new();
+        for place in scrubbed.places(TRIAL)? {
+            let scrubs = matches!(place.step, Step::Scrub { .. });
+            // What a program answers for itself is believed, and it is at no step of the kernel's.
+            let all = if scrubs && scrubbed == Scrubbed::Program {
+                vec![Effect::Errno(Errno::EIO), Effect::Vanish]
+            } else {
+                effects().to_vec()
+            };
+            met.extend(all.into_iter().map(|effect| Met::Fault(place.clone(), effect)));
+            if scrubs && matches!(scrubbed, Scrubbed::Zeros | Scrubbed::Samples) {
+                let left = [Effect::Leave(0, 1 << 16), Effect::Leave(3 << 12, 1 << 12)];
+                met.extend(left.map(|effect| Met::Fault(place.clone(), effect)));
+            }
+        }
+        if scrubbed == Scrubbed::Program {
+            met.extend(PROGRAMS.map(|(script, _)| Met::Program(script)));
+        }
+        Ok(met.into_iter().map(|met| Self { scrubbed, met }).collect())
+    }
+
+    fn run(&self, ground: &Ground) -> Result<()> {
+        self.scrubbed.begin(ground)?;
+        let release = ["release", self.scrubbed.device()];
+        let (place, effect) = match &self.met {
+            Met::Program(script) => {
+                Scrubbed::behave(ground, script)?;
+                let done = ground.run(&release, 0)?;
+                let why = PROGRAMS.iter().find(|(known, _)| known == script).context("unknown")?.1;
+                ensure!(!done.well && done.said.contains(why), "'{why}' is not in: {}", done.said);
+                ensure!(self.scrubbed.check(ground)?, "it is not kept from others");
+                return Ok(());
+            }
+            Met::Fault(place, effect) => (place, effect),
+        };
+        ground.sim.arm(place.fault(effect.clone()));
+        let (what, device) = (What::Release, self.scrubbed.device());
+        let case = Case { what, device, place: place.clone(), effect: effect.clone() };
+        if *effect == Effect::BlockForever {
+            case.block(ground, &release)?;
+            ensure!(!self.scrubbed.check(ground)?, "it was cleaned, and is kept from others");
+            return Ok(());
+        }
+        let done = ground.run(&release, 0)?;
+        ensure!(!done.killed, "the broker ended: {}", done.said);
+        let cleans = place.step.is_cleaning();
+        if !(done.well || cleans && self.scrubbed == Scrubbed::Program) {
+            case.is_told(&done.said)?;
+        }
+        if *effect == Effect::Vanish {
+            let gone = place.device.into_iter().collect::<Vec<_>>();
+            let recovered = ground.run(&["recover"], 0)?;
+            ensure!(recovered.well, "no recovery: {}", recovered.said);
+            // What was to be reset with it was not.
+            let Some(other) = place.step.others().first() else { return ground.restore(&gone) };
+            let refused = ground.run(&["attach", &other.to_string(), "bob"], 0)?;
+            ensure!(!refused.well && refused.said.contains("quarantine"), "{}", refused.said);
+            return Ok(());
+        }
+        if matches!(effect, Effect::BindOther(_))
+            && !done.well
+            && self.scrubbed.is_soiled(ground)?
+        {
+            // Whoever has taken it has to give it back first.
+            ensure!(self.scrubbed.is_kept(ground)?, "it is not kept from others");
+            return Ok(());
+        }
+        let kept = self.scrubbed.check(ground)?;
+        // A reset that says it was done is believed, as far as the device is well.
+        let fails = cleans
+            && (matches!(effect, Effect::Errno(_) | Effect::Leave(..))
+                || *effect == Effect::SucceedWithoutEffect && place.step.name() == "scrub");
+        ensure!(kept || !fails, "it was not cleaned, and is anybody's: {}", done.said);
+        ensure!(!(kept && done.well), "it was cleaned, and is kept from others: {}", done.said);
+        Ok(())
+    }
+}
+
+#[test]
+fn whatever_a_scrubber_meets_nobody_gets_what_it_has_not_cleared() {
+    let mut all = 0;
+    for scrubbed in Scrubbed::ALL {
+        let mut cases = ScrubCase::all(scrubbed).unwrap();
+        if scrubbed.is_alike() {
+            cases = survival::few(cases, all);
+        }
+        survival::each(&cases, || scrubbed.ground(TRIAL), |ground, case| case.run(ground));
+        all += cases.len();
+    }
+    survival::count("fault matrix of scrubbers", all, "cases");
 }
 
 /// Plays the scenarios that are alike, or all others.

@@ -1,7 +1,7 @@
 //! `trial worker --root ROOT`: the worker of the brokers that tests start.
 //!
 //! `trial ROOT RECORDS [KIND=SECONDS...] attach DEVICE TENANT [SETTING=NUMBER...]|release TARGET|
-//! number DEVICE N|apply|recover`: a broker that does one thing and ends once it is at nothing any more, if
+//! number DEVICE N|heal DEVICE|apply|recover`: a broker that does one thing and ends once it is at nothing any more, if
 //! it is not killed before. Exits with 1 and the reason if that is refused. A kind of mediated devices
 //! stands for the lease that has one.
 //!
@@ -67,6 +67,7 @@ fn act(broker: &Arc<Broker>, what: &[&str]) -> anyhow::Result<Result<(), Failure
             let target = lease.as_deref().unwrap_or(target);
             broker.release(target, &ReleaseOptions::default()).map(drop)
         }
+        ["heal", device] => broker.heal(device, 0).map(drop),
         ["apply"] => applied(broker),
         ["recover"] => Ok(()),
         _ => anyhow::bail!("{what:?} is nothing to try"),

@@ -15,6 +15,7 @@ use vfiod::ledger::Ledger;
 
 use super::{BYSTANDER, GPU, NUMBERED, SHAPED};
 use crate::sim::{Described, Sim, WORKSTATION};
+use crate::trial::say_policy;
 
 /// A card with virtual functions.
 const CARD: &str = include_str!("card.toml");
@@ -74,6 +75,18 @@ impl Ground {
         let mut host = Self::described()?;
         host.functions.retain(|function| SMALL.contains(&function.address.to_string().as_str()));
         Self::with_bystander(Self::booted(program, Sim::mount_lasting(&host)?)?)
+    }
+
+    /// The same as [`new`](Self::new) where a policy is in force and its passthrough devices are on VFIO.
+    /// In the policy, `{root}` stands for the host's root and `{records}` for the records.
+    pub fn with_policy(program: &str, policy: &str) -> Result<Self> {
+        let ground = Self::unloaded(program)?;
+        let policy = policy.replace("{root}", &ground.sim.root().display().to_string());
+        let policy = policy.replace("{records}", &ground.records().display().to_string());
+        say_policy(ground.records(), &policy)?;
+        let applied = ground.run(&["apply"], 0)?;
+        ensure!(applied.well, "the policy cannot be applied: {}", applied.said);
+        Self::with_bystander(ground)
     }
 
     fn with_bystander(mut ground: Self) -> Result<Self> {

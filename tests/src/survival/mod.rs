@@ -3,10 +3,12 @@
 
 mod cases;
 mod ground;
+mod scrubs;
 mod steps;
 
 pub use cases::{count, each, few, told};
 pub use ground::{Done, Ground};
+pub use scrubs::Scrubbed;
 pub use steps::{Place, numbering, places};
 
 /// The functions of the graphics card, in one group.

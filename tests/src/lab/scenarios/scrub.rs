@@ -38,6 +38,7 @@ pub(super) fn disk(lab: &mut Lab) -> Result<()> {
     refused(&vfioctl(["certify", &alice])?, 1, &["memory left, by the policy", "NOT clean"])?;
     lab.step(format!("alice left a secret in {size} bytes of her disk, which was not scrubbed"))?;
 
+    abilities(lab)?;
     pool(NVME.address, "scrub = \"nvme\"")?;
     let ((found, _), bob) = disk_lease("bob", |guest| {
         let found = guest.read_disk(SECRETS[0])?;
@@ -54,6 +55,19 @@ pub(super) fn disk(lab: &mut Lab) -> Result<()> {
     lab.step(format!("his disk was erased: carol read zeros in all {zeros} bytes"))?;
     without_program(lab)?;
     no_pool()
+}
+
+/// What the controller can decides how it is erased, and so which ways are shown here.
+fn abilities(lab: &mut Lab) -> Result<()> {
+    let mut controllers = fs::read_dir(sysfs::path(NVME.address, "nvme"))?;
+    let name = controllers.next().context("no controller")??.file_name();
+    let node = format!("/dev/{}", name.display());
+    let told = command::run(["nvme", "id-ctrl", &node, "--output-format=json"])?.success()?;
+    let told: serde_json::Value = serde_json::from_str(&told)?;
+    let bits = |field: &str| told[field].as_u64().with_context(|| format!("no {field} in {told}"));
+    let (formats, keys) = (bits("oacs")? & 2 != 0, bits("fna")? & 4 != 0);
+    ensure!((formats, keys, bits("sanicap")?) == (true, false, 0), "it can something else: {told}");
+    lab.step("the controller formats, and neither throws keys away nor sanitizes")
 }
 
 /// A disk that cannot be erased is nobody's until it could.
