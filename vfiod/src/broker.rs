@@ -13,6 +13,7 @@ mod leasing;
 mod mediated;
 mod opening;
 mod policy;
+mod pools;
 mod quarantining;
 mod shaping;
 mod virtual_functions;

@@ -3,10 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::attach::{members, refuse, way};
 use super::reasons::{leased, uses};
-use super::{
-    Circumstances, Reason, Request, home, members, refuse, shaping, virtual_functions, way,
-};
+use super::{Circumstances, Reason, Request, home, shaping, virtual_functions};
 use crate::address::PciAddress;
 use crate::backend::Offer;
 use crate::error::ErrorKind;
