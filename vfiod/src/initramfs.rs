@@ -1,6 +1,7 @@
 //! Whether the initial file systems have the policy as it is. The hooks of their generators leave
-//! what they took for each kernel with the daemon's records; nothing calls them when the policy
-//! changes, and since that takes minutes, an administrator is told instead. Reads files alone.
+//! what they took for each kernel with the daemon's records, before there is a file system to have it:
+//! one that is older was not finished since. Nothing calls the hooks when the policy changes, and
+//! since that takes minutes, an administrator is told instead. Reads files alone.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -17,6 +18,9 @@ const GENERATORS: [(&str, &str); 2] = [
     ("usr/sbin/update-initramfs", "update-initramfs -u -k all"),
     ("usr/bin/dracut", "dracut --force --regenerate-all"),
 ];
+
+/// Where a kernel's may be: of initramfs-tools and of dracut in Debian, and of dracut elsewhere.
+const PLACES: [(&str, &str); 2] = [("boot/initrd.img-", ""), ("boot/initramfs-", ".img")];
 
 /// What is taken into an initial file system, and what was.
 #[derive(Debug, Clone)]
@@ -37,8 +41,11 @@ impl Initramfs<'_> {
         let Some((_, command)) = GENERATORS.iter().find(there) else { return Ok(None) };
         let now = self.now()?;
         for kernel in self.kernels(host)? {
-            let taken = durable::read(&self.taken().join(kernel))?.unwrap_or_default();
-            if taken != now {
+            let path = self.taken().join(&kernel);
+            let taken = durable::read(&path)?;
+            if taken.as_deref().unwrap_or_default() != now
+                || taken.is_some() && is_unfinished(host, &kernel, &path)?
+            {
                 return Ok(Some(command));
             }
         }
@@ -77,9 +84,20 @@ impl Initramfs<'_> {
     }
 }
 
+/// Whether a kernel's was not made since something was taken for it. One that is elsewhere is
+/// believed to have been.
+fn is_unfinished(host: &HostRoot, kernel: &str, taken: &Path) -> io::Result<bool> {
+    let made = PLACES.iter().find_map(|(before, after)| {
+        std::fs::metadata(host.path(format!("{before}{kernel}{after}"))).ok()
+    });
+    let Some(made) = made else { return Ok(false) };
+    Ok(made.modified()? < std::fs::metadata(taken)?.modified()?)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::time::{Duration, SystemTime};
 
     use super::*;
 
@@ -109,6 +127,15 @@ mod tests {
         fs::write(met.path(), "M").unwrap();
         fs::write(at("initramfs/6.12"), "RabcM").unwrap();
         assert_eq!(with("R"), None);
+        fs::create_dir(at("boot")).unwrap();
+        for image in ["boot/initrd.img-6.12", "boot/initramfs-6.12.img"] {
+            let file = fs::File::create(at(image)).unwrap();
+            assert_eq!(with("R"), None, "{image}");
+            let before = SystemTime::now() - Duration::from_secs(60);
+            file.set_modified(before).unwrap();
+            assert!(with("R").is_some(), "{image} was not made since");
+            fs::remove_file(at(image)).unwrap();
+        }
         fs::write(met.path(), "N").unwrap();
         assert!(with("R").is_some(), "devices were met");
         assert!(with("").is_some(), "it has rules of a policy that is no more");

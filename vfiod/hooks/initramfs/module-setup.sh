@@ -2,12 +2,13 @@
 # Takes the policy's rules into the initramfs, for drivers that live there: a module of dracut. Made
 # by vfiod from the policy; without any there is nothing to take.
 
-# What is taken for a kernel, so that vfiod can tell when the policy is another one.
+# What is taken for a kernel, so that vfiod can tell when the policy is another one. It counts once the
+# initramfs is newer than this.
 taken=$dracutsysrootdir/var/lib/vfiod/initramfs/$kernel
 
 check() {
     [[ -s $dracutsysrootdir/etc/udev/rules.d/10-vfiod.rules ]] && return 0
-    rm -f "$taken"
+    [[ ! -e $taken ]] || : > "$taken"
     return 1
 }
 
