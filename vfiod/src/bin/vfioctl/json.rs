@@ -129,6 +129,29 @@ mod tests {
     }
 
     #[test]
+    fn the_document_names_every_kind_of_step_and_every_code_of_a_reason() {
+        for kind in libvfio::step::Step::KINDS {
+            assert!(DOCUMENT.contains(&format!("`{kind}`")), "{kind}");
+        }
+        let plans = concat!(env!("CARGO_MANIFEST_DIR"), "/../libvfio/src/plan");
+        let mut codes = Vec::new();
+        for file in std::fs::read_dir(plans).unwrap() {
+            let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
+            // A code comes after a kind, or is named as one.
+            let after_kind = text.split("ErrorKind::").skip(1).filter_map(|rest| {
+                let (_, rest) = rest.split_once(',')?;
+                rest.trim_start().strip_prefix('"')?.split_once('"')
+            });
+            let named = text.split("code: \"").skip(1).filter_map(|rest| rest.split_once('"'));
+            codes.extend(after_kind.chain(named).map(|(code, _)| code.to_owned()));
+        }
+        assert!(codes.len() > 30, "the codes were not read: {codes:?}");
+        for code in codes {
+            assert!(DOCUMENT.contains(&format!("`{code}`")), "{code}");
+        }
+    }
+
+    #[test]
     fn the_document_names_every_failure_with_its_status() {
         for kind in ErrorKind::ALL {
             let row = format!("| {} | `{}` |", kind.exit_status(), kind.name());
