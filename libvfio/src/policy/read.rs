@@ -38,6 +38,7 @@ pub(super) fn read(sources: &[Source]) -> Result<Policy, Problems> {
     for source in sources {
         let mut reader = Reader { source, problems: Vec::new() };
         reader.file(&mut policy, &mut limit);
+        reader.problems.sort_by_key(|problem| (problem.place.line, problem.place.column));
         problems.append(&mut reader.problems);
         policy.files.push(source.name.clone());
     }
@@ -153,7 +154,12 @@ impl Reader<'_> {
             return Some(Given { value, at });
         }
         let kind = section.keys.iter().find(|key| key.name == name)?.kind.describe();
-        let is = value.get_ref().type_str();
+        let is = match value.get_ref() {
+            DeValue::Array(_) => "an array",
+            DeValue::Table(_) => "a table",
+            // As it is written.
+            _ => self.source.text.get(value.span()).unwrap_or_default(),
+        };
         self.complain(at.start, format!("'{name}' takes {kind}, and this is {is}"), "correct it");
         None
     }

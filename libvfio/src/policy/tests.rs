@@ -94,7 +94,7 @@ fn every_fault_is_told_with_its_place_and_the_nearest_word() {
         (format!("{POOL}scrub = 'nmve'"), "p:4:9: 'nmve' is no scrubber; did you mean 'nvme'?"),
         (
             format!("{POOL}scrub = 1"),
-            "p:4:9: 'scrub' takes a text or a table, and this is integer; correct it",
+            "p:4:9: 'scrub' takes a text or a table, and this is 1; correct it",
         ),
         (
             format!("{POOL}scrub = {{ command = ['/a'], timout = 3 }}"),
@@ -102,11 +102,11 @@ fn every_fault_is_told_with_its_place_and_the_nearest_word() {
         ),
         (
             format!("{POOL}scrub = {{ command = '/a' }}"),
-            "p:4:21: 'command' takes an array of texts, and this is string; correct it",
+            "p:4:21: 'command' takes an array of texts, and this is '/a'; correct it",
         ),
         (
             format!("{POOL}scrub = {{ command = ['/a'], timeout = 0 }}"),
-            "p:4:39: 'timeout' takes a number from 1 to 86400, and this is integer; correct it",
+            "p:4:39: 'timeout' takes a number from 1 to 86400, and this is 0; correct it",
         ),
         (
             format!("{POOL}reset = 'requird'"),
@@ -114,24 +114,33 @@ fn every_fault_is_told_with_its_place_and_the_nearest_word() {
         ),
         (
             format!("{POOL}vfs = 0"),
-            "p:4:7: 'vfs' takes a number from 1 to 65535, and this is integer; correct it",
+            "p:4:7: 'vfs' takes a number from 1 to 65535, and this is 0; correct it",
         ),
         (
             format!("{POOL}d3cold = 'no'"),
-            "p:4:10: 'd3cold' takes true or false, and this is string; correct it",
+            "p:4:10: 'd3cold' takes true or false, and this is 'no'; correct it",
         ),
         (
             format!("{POOL}users = 'alice'"),
-            "p:4:9: 'users' takes an array of texts, and this is string; correct it",
+            "p:4:9: 'users' takes an array of texts, and this is 'alice'; correct it",
         ),
         (
             "boot.limit = 601".into(),
-            "p:1:14: 'limit' takes a number from 1 to 600, and this is integer; correct it",
+            "p:1:14: 'limit' takes a number from 1 to 600, and this is 601; correct it",
         ),
     ];
     for (text, expected) in cases {
         assert_eq!(wrong(&text), [expected], "{text}");
     }
+}
+
+#[test]
+fn faults_are_told_in_the_order_of_their_places() {
+    let text = "[pool.a]\nmode = 'passthru'\nselekt = []\nd3cold = []\n[pools.b]\n";
+    let told = wrong(text);
+    let lines: Vec<&str> = told.iter().map(|fault| &fault[..3]).collect();
+    assert_eq!(lines, ["p:1", "p:2", "p:3", "p:4", "p:5"], "{told:#?}");
+    assert!(told[3].ends_with("and this is an array; correct it"), "{told:#?}");
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::apply;
 use crate::args::{PolicyAction, PolicyFiles};
 use crate::bus::Bus;
 use crate::output::{Output, print, print_json};
-use crate::table::{BAD, Cell, PLAIN, Table, WARN};
+use crate::table::{BAD, BOLD, Cell, PLAIN, Table, WARN};
 use crate::trouble::Trouble;
 
 pub(crate) fn run(action: &PolicyAction, out: &Output) -> Result<ExitCode, Trouble> {
@@ -205,7 +205,7 @@ fn check(files: &PolicyFiles, out: &Output) -> Result<ExitCode, Trouble> {
         let odd = unmet.iter().map(|u| format!("{WARN}{u}: no such device here{WARN:#}\n"));
         let count = assignment.members().count();
         let pools = policy.pools.len();
-        let good = format!("{pools} pools, {count} functions in them\n");
+        let good = format!("nothing is wrong; pools: {pools}, functions in them: {count}\n");
         let good = clashes.is_empty().then_some(good);
         print(&bad.chain(odd).chain(good).collect::<String>())?;
     }
@@ -297,7 +297,7 @@ fn name(role: Role) -> &'static str {
 
 fn schema(out: &Output) -> Result<(), Trouble> {
     if !out.json {
-        return print(&keys::tables());
+        return print(&explained(&keys::ALL));
     }
     let key = |key: &keys::Key| {
         json!({"name": key.name, "takes": key.kind.describe(), "default": key.default,
@@ -308,4 +308,51 @@ fn schema(out: &Output) -> Result<(), Trouble> {
         json!({"title": section.title, "about": section.about, "keys": keys})
     };
     print_json(&keys::ALL.iter().map(section).collect::<Vec<_>>().into())
+}
+
+/// The keys for people, a paragraph each.
+fn explained(sections: &[keys::Section]) -> String {
+    let key = |key: &keys::Key| {
+        let keys::Key { name, about, .. } = key;
+        let (takes, about) = (key.kind.describe(), unmarked(about));
+        let default = match key.default {
+            "" => String::new(),
+            "must be given" => ", which must be given".to_owned(),
+            default => format!("; if not given: {default}"),
+        };
+        format!("\n  {BOLD}{name}{BOLD:#}  {takes}{default}\n      {about}\n")
+    };
+    let section = |section: &keys::Section| {
+        let keys = section.keys.iter().map(key).collect::<Vec<_>>().concat();
+        format!("{BOLD}{}{BOLD:#}\n{}\n{keys}", section.title, unmarked(section.about))
+    };
+    sections.iter().map(section).collect::<Vec<_>>().join("\n")
+}
+
+/// Without what only documents show: links, and the marks of code.
+fn unmarked(about: &str) -> String {
+    let mut text = String::new();
+    let mut rest = about;
+    while let Some((before, after)) = rest.split_once("](") {
+        let (lead, label) = before.rsplit_once('[').unwrap_or((before, ""));
+        text.extend([lead, label]);
+        rest = after.split_once(')').map_or("", |(_, after)| after);
+    }
+    (text + rest).replace('`', "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_is_explained_in_plain_words() {
+        let text = anstream::adapter::strip_str(&explained(&keys::ALL)).to_string();
+        for key in keys::ALL.iter().flat_map(|section| section.keys) {
+            assert!(text.contains(&format!("\n  {}  {}", key.name, key.kind.describe())), "{text}");
+        }
+        assert!(text.contains("\n[pool.NAME]\n"), "{text}");
+        assert!(!text.contains("](") && !text.contains("guide.md"), "{text}");
+        assert_eq!(unmarked("see [`a`](b.md) and [c](d) of `[e]`."), "see a and c of [e].");
+    }
 }
