@@ -55,7 +55,7 @@ fn pages(command: &clap::Command, section: &str, directory: &Path) -> io::Result
     let mut file = File::create(directory.join(man.get_filename()))?;
     man.render_title(&mut file)?;
     man.render_name_section(&mut file)?;
-    man.render_synopsis_section(&mut file)?;
+    synopsis(command).to_writer(&mut file)?;
     man.render_description_section(&mut file)?;
     man.render_options_section(&mut file)?;
     if command.has_subcommands() {
@@ -63,6 +63,20 @@ fn pages(command: &clap::Command, section: &str, directory: &Path) -> io::Result
     }
     let footer = command.get_after_help().map(ToString::to_string).unwrap_or_default();
     sections(&footer).to_writer(&mut file)
+}
+
+/// How a command is typed, with what takes its place more than once; the section of `clap_mangen` has
+/// all options instead, without what they take.
+fn synopsis(command: &clap::Command) -> Roff {
+    let usage = command.clone().render_usage().to_string();
+    let mut page = Roff::new();
+    page.control("SH", ["SYNOPSIS"]);
+    page.control("nf", []);
+    for line in usage.trim_start_matches("Usage:").lines() {
+        page.text([roman(line.trim())]);
+    }
+    page.control("fi", []);
+    page
 }
 
 /// The text below a command's help: a line without indent begins a section, and all others stay
@@ -103,6 +117,8 @@ mod tests {
             );
         }
         assert!(!dir.path().join("man1/vfioctl-generate.1").exists());
+        let release = read("man1/vfioctl-release.1");
+        assert!(release.contains("\nvfioctl release [OPTIONS] <LEASE|DEV|UUID>...\n"), "{release}");
         let daemon = read("man8/vfiod.8");
         assert!(daemon.contains(".TH vfiod 8") && daemon.contains(".SH FILES"), "{daemon}");
     }
