@@ -31,7 +31,7 @@ pub(crate) async fn run(
 
 fn table(entries: &[HistoryRecord]) -> Table {
     let mut table =
-        Table::new(&["TIME (UTC)", "EVENT", "LEASE", "TENANT", "DEVICES", "VM", "TEXT"]);
+        Table::telling(&["TIME (UTC)", "EVENT", "LEASE", "TENANT", "DEVICES", "VM", "TEXT"]);
     for entry in entries {
         let devices = Some(entry.devices.join(" ")).filter(|devices| !devices.is_empty());
         table.push([

@@ -44,7 +44,7 @@ fn processes(record: &HoldersRecord) -> Table {
 }
 
 fn uses(record: &HoldersRecord) -> Table {
-    let mut table = Table::new(&["DEVICE", "WEIGHT", "USE", "REMEDY"]);
+    let mut table = Table::telling(&["DEVICE", "WEIGHT", "USE", "REMEDY"]);
     for found in &record.uses {
         table.push([
             found.device.as_str().into(),

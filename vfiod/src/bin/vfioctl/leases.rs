@@ -22,8 +22,16 @@ pub(crate) async fn run(bus: &Bus, out: &Output) -> Result<(), Trouble> {
 }
 
 fn table(leases: &[LeaseRecord], now: u64) -> Table {
-    let mut table =
-        Table::new(&["LEASE", "STATE", "TENANT", "AGE", "DEVICES", "INTERFACE", "VM", "REASON"]);
+    let mut table = Table::telling(&[
+        "LEASE",
+        "STATE",
+        "TENANT",
+        "AGE",
+        "DEVICES",
+        "INTERFACE",
+        "VM",
+        "REASON",
+    ]);
     for lease in leases {
         table.push([
             lease.id.as_str().into(),

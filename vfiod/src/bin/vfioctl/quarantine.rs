@@ -64,7 +64,7 @@ pub(crate) async fn heal(bus: &Bus, device: &str, out: &Output) -> Result<(), Tr
 }
 
 fn table(devices: &[QuarantineRecord]) -> Table {
-    let mut table = Table::new(&["DEVICE", "SINCE (UTC)", "BY", "NAME", "REASON"]);
+    let mut table = Table::telling(&["DEVICE", "SINCE (UTC)", "BY", "NAME", "REASON"]);
     for device in devices {
         let by = match device.by.as_str() {
             "vfiod" => "vfiod".to_owned(),

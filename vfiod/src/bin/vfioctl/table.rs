@@ -14,6 +14,8 @@ pub(crate) const BAD: Style = AnsiColor::Red.on_default().bold();
 pub(crate) const LEASED: Style = AnsiColor::Cyan.on_default();
 
 const GAP: usize = 2;
+/// Where there is no text.
+const NOTHING: &str = "-";
 
 /// A text in one style, on one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +34,7 @@ impl Cell {
 
     /// A text, or a dash where there is none.
     pub(crate) fn maybe(text: Option<impl Into<String>>, style: Style) -> Self {
-        text.map_or_else(|| Self::new("-", PLAIN), |text| Self::new(text, style))
+        text.map_or_else(|| Self::new(NOTHING, PLAIN), |text| Self::new(text, style))
     }
 
     fn width(&self) -> usize {
@@ -51,12 +53,20 @@ impl<T: Into<String>> From<T> for Cell {
 pub(crate) struct Table {
     header: Vec<Cell>,
     rows: Vec<Vec<Cell>>,
+    /// It is not cut where the last column has something to tell.
+    tells: bool,
 }
 
 impl Table {
     pub(crate) fn new(header: &[&str]) -> Self {
         let header = header.iter().map(|name| Cell::new(*name, BOLD)).collect();
-        Self { header, rows: Vec::new() }
+        Self { header, ..Self::default() }
+    }
+
+    /// One whose last column has what somebody looks for, where it has anything: then all is shown,
+    /// however narrow the terminal.
+    pub(crate) fn telling(header: &[&str]) -> Self {
+        Self { tells: true, ..Self::new(header) }
     }
 
     pub(crate) fn push(&mut self, row: impl IntoIterator<Item = Cell>) {
@@ -74,6 +84,9 @@ impl Table {
         let widths: Vec<usize> = (0..columns)
             .map(|n| rows.iter().filter_map(|row| row.get(n)).map(Cell::width).max().unwrap_or(0))
             .collect();
+        let tells = |row: &Vec<Cell>| row.last().is_some_and(|cell| cell.text != NOTHING);
+        let cut = !(self.tells && self.rows.iter().any(tells));
+        let screen = Screen { width: screen.width.filter(|_| cut), ..screen };
         rows.iter().map(|row| line(row, &widths, screen)).collect()
     }
 }
@@ -153,6 +166,18 @@ mod tests {
         }
         let narrow = plain(&table.render(Screen { width: Some(20), unicode: true }));
         assert_eq!(narrow.lines().nth(1), Some("0000:03:00.0  Ｈ100…"));
+    }
+
+    #[test]
+    fn what_a_table_is_there_to_tell_is_not_cut() {
+        let narrow = Screen { width: Some(16), unicode: true };
+        let mut table = Table::telling(&["DEVICE", "REASON"]);
+        let device = || Cell::from("0000:03:00.0 0000:03:00.1");
+        table.push([device(), Cell::maybe(None::<String>, PLAIN)]);
+        assert!(plain(&table.render(narrow)).contains("0000:03:00.0 00…\n"));
+        table.push([device(), "its reset failed".into()]);
+        let whole = plain(&table.render(narrow));
+        assert!(whole.contains("0000:03:00.0 0000:03:00.1  its reset failed\n"), "{whole}");
     }
 
     #[test]
