@@ -200,12 +200,16 @@ impl Drop for Guest {
     }
 }
 
-/// The kernel that runs here: a guest has modules of it. The lab's own lies with its modules.
+/// The kernel that runs here: a guest has modules of it. The distribution's was decompressed on the host
+/// of the lab; the lab's own lies with its modules.
 fn kernel() -> Result<String> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let release = release.trim_end();
-    let places =
-        [format!("/usr/lib/modules/{release}/vmlinuz"), format!("/boot/vmlinuz-{release}")];
+    let places = [
+        format!("{PAYLOAD}/vmlinux"),
+        format!("/usr/lib/modules/{release}/vmlinuz"),
+        format!("/boot/vmlinuz-{release}"),
+    ];
     places.into_iter().find(|file| Path::new(file).exists()).context("no kernel for a guest")
 }
 

@@ -115,6 +115,7 @@ pub(super) fn ready() -> Result<Image> {
     host::require(&[
         ("/usr/bin/mmdebstrap", "mmdebstrap"),
         ("/usr/sbin/mke2fs", "e2fsprogs"),
+        ("/usr/bin/zstd", "zstd"),
         ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
     ])?;
     let recipe = (

@@ -75,7 +75,8 @@ impl Vm {
         let tree = image.tree();
         enter_namespace(image, own_kernel)?;
         let kernel = if own_kernel.is_some() { OWN_KERNEL } else { DISTRIBUTION_KERNEL };
-        make_payload(&inside(&tree, FILES.payload), payload)?;
+        let guests = own_kernel.is_none().then(|| inside(&tree, DISTRIBUTION_KERNEL[0]));
+        make_payload(&inside(&tree, FILES.payload), payload, guests.as_deref())?;
 
         let log = exec::target()?.join("lab-console.log");
         let mut qemu = qemu(&tree, kernel, console, purpose, &log)?;
@@ -137,7 +138,8 @@ fn enter_namespace(image: &Image, own_kernel: Option<&OwnKernel>) -> Result<()> 
     Ok(())
 }
 
-fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
+/// The disk with what is put into the lab, the kernel of its guests among it, if it is not the lab's own.
+fn make_payload(disk: &Path, payload: &Payload, kernel: Option<&Path>) -> Result<()> {
     let staging = disk.with_extension("d");
     fs::create_dir(&staging)?;
     for (file, name) in [
@@ -148,7 +150,32 @@ fn make_payload(disk: &Path, payload: &Payload) -> Result<()> {
     ] {
         fs::copy(file, staging.join(name)).with_context(|| file.display().to_string())?;
     }
-    make_disk(disk, "64M", "payload", Some(&staging))
+    if let Some(kernel) = kernel {
+        unpack(kernel, &staging.join("vmlinux"))?;
+    }
+    make_disk(disk, "128M", "payload", Some(&staging))?;
+    fs::remove_dir_all(&staging).with_context(|| staging.display().to_string())
+}
+
+/// Decompresses a kernel, which takes each guest half of its boot on an emulated processor.
+fn unpack(kernel: &Path, to: &Path) -> Result<()> {
+    let image = fs::read(kernel).with_context(|| kernel.display().to_string())?;
+    let packed = to.with_extension("zst");
+    fs::write(&packed, compressed(&image).context("the lab's kernel is no bzImage")?)?;
+    exec::quiet(
+        Command::new("zstd").args(["--quiet", "--decompress", "--rm", "-o"]).arg(to).arg(&packed),
+    )
+}
+
+/// The compressed kernel in a bzImage: `setup_sects`, `payload_offset` and `payload_length`
+/// (`Documentation/arch/x86/boot.rst`), without its size, which the kernel's build puts behind it.
+fn compressed(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4)?.try_into().ok()?;
+        usize::try_from(u32::from_le_bytes(bytes)).ok()
+    };
+    let start = (usize::from(*image.get(0x1f1)?) + 1) * 512 + word(0x248)?;
+    image.get(start..)?.get(..word(0x24c)?.checked_sub(4)?)
 }
 
 fn qemu(
@@ -194,5 +221,25 @@ fn connect(qemu: &mut Child, socket: &Path, log: &Path) -> Result<UnixStream> {
             bail!("QEMU did not open {}", socket.display());
         }
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::compressed;
+
+    #[test]
+    fn the_compressed_kernel_is_found_in_its_image() {
+        let mut image = vec![0; 1024 + 16];
+        image[0x1f1] = 1;
+        image[0x248] = 8;
+        image[0x24c] = 7;
+        image[1032..].copy_from_slice(b"abcSIZE.");
+        assert_eq!(compressed(&image), Some(b"abc".as_slice()));
+        image[0x24c] = 200;
+        assert_eq!(compressed(&image), None, "it is cut short");
+        image[0x24c] = 3;
+        assert_eq!(compressed(&image), None, "it has no size");
+        assert_eq!(compressed(&image[..0x248]), None);
     }
 }
