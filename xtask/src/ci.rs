@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 
-use crate::{exec, progress, test};
+use crate::{exec, lab, progress, test};
 
 /// The version of cargo-deny that the rules are written for.
 const DENY: &str = "0.20.2";
@@ -15,22 +15,13 @@ pub(crate) fn run() -> Result<ExitCode> {
     progress::step("checking the format", || {
         exec::loud(exec::cargo().args(["fmt", "--all", "--check"]))
     })?;
-    progress::step("linting", || {
-        exec::loud(
-            exec::cargo()
-                .args(["clippy", "--quiet", "--workspace", "--all-targets", "--all-features"])
-                .args(["--", "--deny", "warnings"]),
-        )
+    // Made once, and beside what compiles: the one mostly waits, and neither depends on the source.
+    let deny = std::thread::scope(|scope| {
+        let (deny, base) = (scope.spawn(cargo_deny), scope.spawn(lab::prepare));
+        look()?;
+        base.join().expect("a fault of xtask")?;
+        deny.join().expect("a fault of xtask")
     })?;
-    progress::step("building the documentation", || {
-        exec::loud(exec::cargo().env("RUSTDOCFLAGS", "--deny warnings").args([
-            "doc",
-            "--quiet",
-            "--workspace",
-            "--no-deps",
-        ]))
-    })?;
-    let deny = cargo_deny()?;
     // A build fetches what its own target needs; the audit reads the whole lock file.
     progress::step("fetching what the audit reads", || {
         exec::quiet(exec::cargo().args(["fetch", "--locked"]))
@@ -46,6 +37,25 @@ pub(crate) fn run() -> Result<ExitCode> {
         ]))
     })?;
     test::run()
+}
+
+/// What the compiler and rustdoc have to say.
+fn look() -> Result<()> {
+    progress::step("linting", || {
+        exec::loud(
+            exec::cargo()
+                .args(["clippy", "--quiet", "--workspace", "--all-targets", "--all-features"])
+                .args(["--", "--deny", "warnings"]),
+        )
+    })?;
+    progress::step("building the documentation", || {
+        exec::loud(exec::cargo().env("RUSTDOCFLAGS", "--deny warnings").args([
+            "doc",
+            "--quiet",
+            "--workspace",
+            "--no-deps",
+        ]))
+    })
 }
 
 /// cargo-deny, installed first if this version is not there yet.

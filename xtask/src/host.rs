@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Result, ensure};
 
@@ -16,8 +17,11 @@ pub(crate) fn require_root() -> Result<()> {
     Ok(())
 }
 
-/// Installs those packages of `(file, package)` whose file is missing.
+/// Installs those packages of `(file, package)` whose file is missing. What is built beside each other
+/// may call it at a time; `apt-get` is run by one.
 pub(crate) fn require(files: &[(&str, &str)]) -> Result<()> {
+    static INSTALLING: Mutex<()> = Mutex::new(());
+    let _one = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
     let missing: Vec<&str> = files
         .iter()
         .filter(|(file, _)| !Path::new(file).exists())

@@ -8,7 +8,7 @@ use vfiod_tests::machine::Kernel;
 
 use crate::crates::{self, Programs, Tally};
 use crate::host;
-use crate::lab::{self, Selection, Summary, Voice};
+use crate::lab::{self, Parts, Selection, Summary, Voice};
 
 /// What the crates' tests start: a bus, a second opinion on PCI, another user.
 const TOOLS: [(&str, &str); 3] = [
@@ -20,7 +20,8 @@ const TOOLS: [(&str, &str); 3] = [
 /// Runs all tests; the last line printed is `N passed, N failed`.
 pub(crate) fn run() -> Result<ExitCode> {
     host::require(&TOOLS)?;
-    let (tally, summary) = both(crates::build()?)?;
+    let (programs, parts) = build()?;
+    let (tally, summary) = both(programs, parts)?;
     let (tests, scenarios) = (tally.passed + tally.failed, summary.passed + summary.failed);
     print!("{}", tally.told);
     println!("{tests} tests of the crates, {scenarios} scenarios");
@@ -28,13 +29,24 @@ pub(crate) fn run() -> Result<ExitCode> {
     Ok(if tally.failed == 0 { summary.exit_code() } else { ExitCode::FAILURE })
 }
 
+/// All that is run, built beside each other: compilers seldom keep all processors at work, and linkers
+/// never.
+fn build() -> Result<(Programs, Parts)> {
+    std::thread::scope(|scope| {
+        let parts = scope.spawn(lab::build);
+        let programs = crates::build();
+        let parts = parts.join().expect("a fault of xtask");
+        Ok((programs?, parts?))
+    })
+}
+
 /// The lab's machine has one processor, and the tests take what is left of the host's.
-fn both(programs: Programs) -> Result<(Tally, Summary)> {
+fn both(programs: Programs, parts: Parts) -> Result<(Tally, Summary)> {
     let (begun, begins) = channel();
     std::thread::scope(|scope| {
         let lab = scope.spawn(move || {
             let (all, kernel) = (Selection::All, Kernel::Distribution);
-            lab::play_beside(all, kernel, Voice::Steps, || {
+            lab::play_beside(parts, all, kernel, Voice::Steps, || {
                 let _ = begun.send(());
             })
         });

@@ -8,7 +8,7 @@ mod selection;
 mod session;
 mod vm;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
@@ -16,6 +16,7 @@ use clap::Subcommand;
 use vfiod_tests::protocol::{BenchRow, ScenarioInfo};
 
 use crate::{deb, exec, host, progress};
+use image::Image;
 use session::Session;
 use vfiod_tests::machine::{Kernel, Purpose};
 use vm::{Console, Payload, Vm};
@@ -71,22 +72,54 @@ pub(crate) fn run(action: Option<&Action>) -> Result<ExitCode> {
     }
 }
 
+/// What a boot of the lab takes.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    image: Image,
+    payload: Payload,
+}
+
+/// Builds all of it: the base image beside what is compiled, for that mostly waits.
+pub(crate) fn build() -> Result<Parts> {
+    host::require_root()?;
+    std::thread::scope(|scope| {
+        let image = scope.spawn(image::ready);
+        let payload = payload();
+        let image = image.join().expect("a fault of xtask");
+        Ok(Parts { payload: payload?, image: image? })
+    })
+}
+
+/// Makes the base image of the lab, if there is none yet.
+pub(crate) fn prepare() -> Result<()> {
+    host::require_root()?;
+    image::ready().map(drop)
+}
+
+fn payload() -> Result<Payload> {
+    let (agent, guest_init) = (exec::build_agent()?, exec::build_guest_init()?);
+    let launcher = exec::build_launcher()?;
+    Ok(Payload { package: deb::build()?, agent, guest_init, launcher })
+}
+
 /// Runs scenarios in one boot of the lab.
 pub(crate) fn play(selection: Selection<'_>, kernel: Kernel, voice: Voice) -> Result<Summary> {
-    play_beside(selection, kernel, voice, || ())
+    // A name that is none is to be told before all else is built.
+    selection.choose(&scenarios(&exec::build_agent()?)?, kernel)?;
+    play_beside(build()?, selection, kernel, voice, || ())
 }
 
 /// The same; `begun` is called when its machine has started and this thread has a mount namespace of
 /// its own. What others mount before that stays mounted there.
 pub(crate) fn play_beside(
+    parts: Parts,
     selection: Selection<'_>,
     kernel: Kernel,
     voice: Voice,
     begun: impl FnOnce(),
 ) -> Result<Summary> {
-    let agent = exec::build_agent()?;
-    let chosen = selection.choose(&scenarios(&agent)?, kernel)?;
-    boot(agent, kernel, Console::Log, chosen.machine, begun)?.play(&chosen.names, voice)
+    let chosen = selection.choose(&scenarios(&parts.payload.agent)?, kernel)?;
+    boot(parts, kernel, Console::Log, chosen.machine, begun)?.play(&chosen.names, voice)
 }
 
 /// `cargo xtask demo`.
@@ -110,28 +143,21 @@ pub(crate) fn bench(names: &[&str]) -> Result<Vec<BenchRow>> {
 
 /// A shell in the lab, on this terminal.
 fn shell() -> Result<ExitCode> {
-    let agent = exec::build_agent()?;
     let (console, purpose) = (Console::Terminal, Purpose::Scenarios);
-    let session = boot(agent, Kernel::Distribution, console, purpose, || ())?;
+    let session = boot(build()?, Kernel::Distribution, console, purpose, || ())?;
     eprintln!("a root shell in the lab; `exit` leaves it");
     session.wait_for_end()?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn boot(
-    agent: PathBuf,
+    Parts { image, payload }: Parts,
     kernel: Kernel,
     console: Console,
     purpose: Purpose,
     begun: impl FnOnce(),
 ) -> Result<Session> {
-    host::require_root()?;
-    let guest_init = exec::build_guest_init()?;
-    let launcher = exec::build_launcher()?;
-    let package = deb::build()?;
-    let image = image::ready()?;
     let own = (kernel == Kernel::Own).then(kernel::ready).transpose()?;
-    let payload = Payload { package, agent, guest_init, launcher };
     progress::step(&format!("booting the lab ({kernel} kernel)"), || {
         let vm = Vm::start(&image, own.as_ref(), &payload, console, purpose)?;
         begun();
