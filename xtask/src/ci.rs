@@ -63,11 +63,13 @@ fn cargo_deny() -> Result<PathBuf> {
     let directory = exec::target()?.join(format!("cargo-deny-{DENY}"));
     let program = directory.join("bin/cargo-deny");
     if !program.exists() {
-        progress::step("installing cargo-deny (once; some minutes)", || {
+        progress::step("installing cargo-deny (once; a minute or two)", || {
             exec::quiet(
                 exec::cargo()
-                    .args(["install", "--quiet", "--locked", "cargo-deny", "--version", DENY])
-                    .arg("--root")
+                    // It looks for two seconds, however it was compiled.
+                    .env("CARGO_PROFILE_DEV_DEBUG", "0")
+                    .args(["install", "--quiet", "--locked", "--debug", "cargo-deny"])
+                    .args(["--version", DENY, "--root"])
                     .arg(&directory),
             )
         })?;
