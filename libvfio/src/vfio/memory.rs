@@ -8,8 +8,6 @@ use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
-use word::{Word, ZERO};
-
 use crate::scrub::ReadBack;
 
 /// Bytes of what is looked at together.
@@ -21,55 +19,18 @@ const DRAWN: usize = (u64::BITS / WORDS.ilog2()) as usize;
 /// After how many pages one looks at the clock.
 const PAGES_AT_ONCE: usize = 256;
 
-/// The widest word that every access to a device's memory may have: wider ones are not carried out by
-/// a hypervisor that stands in for the device (`arch/x86/kvm/emulate.c`), and a processor reads such
-/// memory one access after the other, so a wider word is a quicker one.
+/// What is read at a time: what any instruction reads at once, and a hypervisor carries out that stands
+/// in for the device, whatever the compiler makes of it.
+type Word = u64;
+
+/// What is written at a time where that is nothing but moved: the widest that every processor has, and
+/// such a hypervisor knows (`arch/x86/kvm/emulate.c`).
 #[cfg(target_arch = "x86_64")]
-mod word {
-    use std::arch::x86_64::{
-        __m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_set1_epi64x,
-    };
-
-    pub(super) type Word = __m128i;
-    // SAFETY: any bits are a word.
-    pub(super) const ZERO: Word = unsafe { std::mem::transmute([0_u64; 2]) };
-
-    pub(super) fn of(number: u64) -> Word {
-        // SAFETY: every x86-64 processor has SSE2.
-        unsafe { _mm_set1_epi64x(number.cast_signed()) }
-    }
-
-    pub(super) fn or(one: Word, other: Word) -> Word {
-        // SAFETY: every x86-64 processor has SSE2.
-        unsafe { _mm_or_si128(one, other) }
-    }
-
-    pub(super) fn same(one: Word, other: Word) -> bool {
-        // SAFETY: every x86-64 processor has SSE2.
-        let equal = unsafe { _mm_cmpeq_epi8(one, other) };
-        // SAFETY: likewise.
-        unsafe { _mm_movemask_epi8(equal) == 0xffff }
-    }
-}
-
-/// What one instruction moves that a hypervisor can stand in for.
+type Wide = std::arch::x86_64::__m128i;
 #[cfg(not(target_arch = "x86_64"))]
-mod word {
-    pub(super) type Word = u64;
-    pub(super) const ZERO: Word = 0;
-
-    pub(super) fn of(number: u64) -> Word {
-        number
-    }
-
-    pub(super) fn or(one: Word, other: Word) -> Word {
-        one | other
-    }
-
-    pub(super) fn same(one: Word, other: Word) -> bool {
-        one == other
-    }
-}
+type Wide = Word;
+// SAFETY: any bits are one.
+const ZEROS: Wide = unsafe { std::mem::zeroed() };
 
 /// Memory of a device, or any other, that is mapped.
 ///
@@ -78,7 +39,7 @@ mod word {
 /// to come from the device. No reference to it is ever made, for it may change by itself.
 #[derive(Debug)]
 pub struct Memory {
-    first: NonNull<Word>,
+    first: NonNull<Wide>,
     pages: usize,
 }
 
@@ -114,19 +75,7 @@ impl Memory {
     pub fn overwrite(&mut self, until: Instant) -> Result<(), Wrong> {
         self.keeps()?;
         self.each(until, |memory, page| {
-            let first = page * WORDS;
-            for at in (first..first + WORDS).step_by(8) {
-                // By hand: a compiler that is to save space would not.
-                let zero = |place| memory.write(at + place, ZERO);
-                zero(0);
-                zero(1);
-                zero(2);
-                zero(3);
-                zero(4);
-                zero(5);
-                zero(6);
-                zero(7);
-            }
+            memory.zero(page);
             Ok(())
         })
     }
@@ -150,7 +99,7 @@ impl Memory {
     /// Looks at the first and the last word, and at one of each page, wherever `chance` has it.
     fn sample(&self, until: Instant, chance: impl Fn(usize) -> u64) -> Result<(), Wrong> {
         let look = |place: usize| {
-            let clear = word::same(self.read(place), ZERO);
+            let clear = self.read(place) == 0;
             clear.then_some(()).ok_or(Wrong::Left(place * size_of::<Word>()))
         };
         let Some(last) = (self.pages * WORDS).checked_sub(1) else { return Ok(()) };
@@ -176,12 +125,12 @@ impl Memory {
         let lines = (0..usize::BITS).map(|line| 1 << line).take_while(|place| *place < last);
         let places = iter::once(0).chain(lines).chain([last]);
         let keys = RandomState::new();
-        let mark = |place: usize| word::of(keys.hash_one(place) | 1);
+        let mark = |place: usize| keys.hash_one(place) | 1;
         for place in places.clone() {
             self.write(place, mark(place));
         }
         fence(Ordering::SeqCst);
-        let mut others = places.filter(|place| !word::same(self.read(*place), mark(*place)));
+        let mut others = places.filter(|place| self.read(*place) != mark(*place));
         others.next().map_or(Ok(()), |place| Err(Wrong::Forgets(place * size_of::<Word>())))
     }
 
@@ -200,28 +149,46 @@ impl Memory {
         Ok(())
     }
 
+    fn zero(&self, page: usize) {
+        let wide = PAGE / size_of::<Wide>();
+        let first = self.first.as_ptr().wrapping_add(page * wide);
+        for at in (0..wide).step_by(8) {
+            let zero = |place| {
+                // SAFETY: within the page, as whoever made this promised.
+                unsafe { first.wrapping_add(at + place).write_volatile(ZEROS) };
+            };
+            // By hand: a compiler that is to save space would not.
+            zero(0);
+            zero(1);
+            zero(2);
+            zero(3);
+            zero(4);
+            zero(5);
+            zero(6);
+            zero(7);
+        }
+    }
+
     /// Whether all of a page reads zeros.
     fn is_clear(&self, page: usize) -> bool {
-        let first = page * WORDS;
-        let mut all = [ZERO; 2];
+        let (first, mut all) = (page * WORDS, 0);
         for at in (first..first + WORDS).step_by(8) {
-            let two = |place| word::or(self.read(at + place), self.read(at + place + 1));
-            all[0] = word::or(all[0], word::or(two(0), two(2)));
-            all[1] = word::or(all[1], word::or(two(4), two(6)));
+            let two = |place| self.read(at + place) | self.read(at + place + 1);
+            all |= two(0) | two(2) | two(4) | two(6);
         }
-        word::same(word::or(all[0], all[1]), ZERO)
+        all == 0
     }
 
     fn read(&self, place: usize) -> Word {
         debug_assert!(place < self.pages * WORDS);
         // SAFETY: a word of what is mapped, as whoever made this promised.
-        unsafe { self.first.as_ptr().wrapping_add(place).read_volatile() }
+        unsafe { self.first.as_ptr().cast::<Word>().wrapping_add(place).read_volatile() }
     }
 
     fn write(&self, place: usize, word: Word) {
         debug_assert!(place < self.pages * WORDS);
         // SAFETY: likewise.
-        unsafe { self.first.as_ptr().wrapping_add(place).write_volatile(word) };
+        unsafe { self.first.as_ptr().cast::<Word>().wrapping_add(place).write_volatile(word) };
     }
 }
 
@@ -253,7 +220,7 @@ mod tests {
     }
 
     fn soil(memory: &Memory, word: usize) {
-        memory.write(word, word::of(1 << 63));
+        memory.write(word, 1 << 63);
     }
 
     fn soon() -> Instant {
@@ -267,7 +234,7 @@ mod tests {
             assert_eq!(memory.look(read_back, soon()), Err(Wrong::Left(0)));
             assert_eq!(memory.clear(read_back, soon()), Ok(()));
             for word in 0..1030 * WORDS {
-                assert!(word::same(memory.read(word), ZERO), "{word}");
+                assert_eq!(memory.read(word), 0, "{word}");
             }
         }
     }
@@ -279,7 +246,7 @@ mod tests {
             soil(&memory, word);
             let found = memory.look(ReadBack::Full, soon());
             assert_eq!(found, Err(Wrong::Left(word / WORDS * PAGE)));
-            memory.write(word, ZERO);
+            memory.write(word, 0);
         }
         assert_eq!(memory.look(ReadBack::Full, soon()), Ok(()));
     }
@@ -293,13 +260,13 @@ mod tests {
             words.clone().for_each(|word| soil(&memory, word));
             let found = memory.look(ReadBack::Sampled, soon());
             assert!(matches!(found, Err(Wrong::Left(at)) if at / PAGE == page), "{found:?}");
-            words.for_each(|word| memory.write(word, ZERO));
+            words.for_each(|word| memory.write(word, 0));
         }
         for word in [0, PAGES * WORDS - 1] {
             soil(&memory, word);
             let found = memory.look(ReadBack::Sampled, soon());
             assert_eq!(found, Err(Wrong::Left(word * size_of::<Word>())));
-            memory.write(word, ZERO);
+            memory.write(word, 0);
         }
         assert_eq!(memory.look(ReadBack::Sampled, soon()), Ok(()));
     }
@@ -315,7 +282,7 @@ mod tests {
             soil(&memory, page * WORDS + 5);
             let found = |place| memory.sample(soon(), |_| everywhere(place)).is_err();
             assert_eq!((0..words).filter(|place| found(*place)).collect::<Vec<_>>(), [5], "{page}");
-            memory.write(page * WORDS + 5, ZERO);
+            memory.write(page * WORDS + 5, 0);
         }
     }
 
