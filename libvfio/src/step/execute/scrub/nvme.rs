@@ -3,6 +3,7 @@
 //! "NVM Command Set Specification", Identify), which no version of the program prints otherwise.
 
 use std::fs::{File, OpenOptions};
+use std::hash::{BuildHasher, RandomState};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::process::Command;
@@ -363,12 +364,17 @@ fn read_back(
     Ok(())
 }
 
-/// Where is looked.
+/// Where is looked: everywhere, or at both ends and in each of many parts somewhere, drawn anew each
+/// time by the system's random numbers.
 fn offsets(bytes: u64) -> impl Iterator<Item = u64> {
     let piece = PIECE as u64;
-    let step = if bytes <= WHOLE { piece } else { (bytes / PLACES).next_multiple_of(piece) };
+    let part = if bytes <= WHOLE { piece } else { (bytes / PLACES).next_multiple_of(piece) };
     let last = bytes.saturating_sub(1) / piece * piece;
-    (0..bytes).step_by(usize::try_from(step).unwrap_or(usize::MAX)).chain([last])
+    let keys = RandomState::new();
+    let somewhere =
+        move |start: u64| last.min(start + keys.hash_one(start) % (part / piece) * piece);
+    let parts = (0..bytes).step_by(usize::try_from(part).unwrap_or(usize::MAX)).map(somewhere);
+    [0, last].into_iter().chain(parts)
 }
 
 fn first_other(
@@ -439,13 +445,18 @@ mod tests {
     fn small_ones_are_read_whole_and_large_ones_to_their_ends() {
         let piece = PIECE as u64;
         let small: Vec<u64> = offsets(3 * piece + 512).collect();
-        assert_eq!(small, [0, piece, 2 * piece, 3 * piece, 3 * piece]);
+        assert_eq!(small, [0, 3 * piece, 0, piece, 2 * piece, 3 * piece]);
         let bytes = 8 << 40;
         let large: Vec<u64> = offsets(bytes).collect();
         assert!((4000..4200).contains(&large.len()), "{}", large.len());
-        assert_eq!((large[0], large[large.len() - 1]), (0, bytes - piece));
+        assert_eq!(large[..2], [0, bytes - piece]);
+        // One in each part, and not where the last one was.
+        let parts =
+            |all: &[u64]| all[2..].iter().map(|at| at / (bytes / PLACES)).collect::<Vec<_>>();
+        assert_eq!(parts(&large), (0..PLACES).collect::<Vec<_>>());
+        assert_ne!(offsets(bytes).collect::<Vec<_>>(), large);
         assert!(large.iter().all(|at| at % piece == 0 && *at < bytes));
-        assert_eq!(offsets(512).collect::<Vec<u64>>(), [0, 0]);
+        assert_eq!(offsets(512).collect::<Vec<u64>>(), [0, 0, 0]);
     }
 
     #[test]
