@@ -231,6 +231,47 @@ fn a_disk_whose_erasing_failed_is_healed_where_it_is() {
     attach(&stage.broker, DISK, "bob").unwrap();
 }
 
+/// The record of the lease that failed says what is left to be done, and somebody has dismissed it.
+#[test]
+fn what_is_healed_without_its_lease_is_cleared_all_the_same() {
+    let stage = start(&DISPLAY.replace("on-lease", "passthrough"));
+    let lease = attach(&stage.broker, GPU, "alice").unwrap();
+    let effect = Effect::Leave(4096, 4096);
+    let fault = |effect| Fault { on: Operation::Scrub, device: Some(at(GPU)), nth: 1, effect };
+    stage.sim.arm(fault(effect.clone()));
+    stage.release(&lease.id).unwrap_err();
+    stage.release(&lease.id).unwrap();
+    assert!(stage.broker.lease(&lease.id).is_none());
+    // Nor is it trusted as long as that fails.
+    stage.sim.arm(fault(effect));
+    let failure = stage.broker.heal(GPU, 0).unwrap_err();
+    assert!(failure.to_string().contains("something else at 0x1000"), "{failure}");
+    let refused = attach(&stage.broker, GPU, "bob").unwrap_err();
+    assert_eq!(refused.kind(), Some(ErrorKind::Quarantined), "{refused}");
+    let memory = stage.sim.memory(at(GPU)).unwrap();
+    memory.write_all_at(b"alice", 4096 * 5).unwrap();
+    stage.broker.heal(GPU, 0).unwrap();
+    let mut found = [0xff; 5];
+    memory.read_exact_at(&mut found, 4096 * 5).unwrap();
+    assert_eq!(found, [0; 5]);
+    attach(&stage.broker, GPU, "bob").unwrap();
+
+    // A disk is erased on its host driver, to which only a lease's end takes it.
+    let stage = start(DISKS);
+    let lease = attach(&stage.broker, DISK, "alice").unwrap();
+    stage.sim.arm(Fault {
+        on: Operation::Reset,
+        device: Some(at(DISK)),
+        nth: 1,
+        effect: Effect::Errno(Errno::EIO),
+    });
+    stage.release(&lease.id).unwrap_err();
+    stage.release(&lease.id).unwrap();
+    let failure = stage.broker.heal(DISK, 0).unwrap_err();
+    assert!(failure.to_string().contains("clear it by hand"), "{failure}");
+    stage.is_kept_from_all(DISK, "EIO");
+}
+
 #[test]
 fn a_scrubber_that_the_kernel_keeps_wedges_its_lease_and_nothing_else() {
     let stage = start(DISKS);

@@ -1,13 +1,14 @@
-//! Trying once more what did not leave a device well: its lease's way back, or a reset of a device
-//! that is nobody's any more. Only what went well ends a quarantine.
+//! Trying once more what did not leave a device well: its lease's way back, or the cleaning of a
+//! device that is nobody's any more. Only what went well ends a quarantine.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use libvfio::address::PciAddress;
 use libvfio::client::Failure;
 use libvfio::error::ErrorKind;
-use libvfio::plan::{self, Plan};
+use libvfio::plan::{self, Care, Plan, Scrubbing};
+use libvfio::step::Step;
 use tracing::info;
 
 use super::leasing::{Late, done, new_lease};
@@ -38,7 +39,7 @@ impl Broker {
         Ok(device)
     }
 
-    /// Walks the resets of devices that are on VFIO without a lease.
+    /// Walks the cleaning of devices that are on VFIO without a lease.
     fn reset_again(&self, mut lease: Lease, reply: &Reply<()>) {
         let late = Late { broker: self, tell: &|failure| reply.give(Err(failure)) };
         let walk = self.walker.walk(&lease.id, &late);
@@ -82,7 +83,8 @@ fn unfinished(data: &mut Data, device: PciAddress) -> Result<Option<Lease>, Fail
     Ok(lease)
 }
 
-/// A task that resets a device that is on VFIO without a lease, with what has to be reset with it.
+/// A task that cleans a device that is on VFIO without a lease, with what has to be reset with it. Its
+/// lease's record is gone, and with that whether its memory was cleared: so it is.
 fn reset_of(data: &mut Data, device: PciAddress, by: u32) -> Result<Lease, Failure> {
     refuse_held(data, device)?;
     let inventory = data.inventory.clone();
@@ -98,7 +100,7 @@ fn reset_of(data: &mut Data, device: PciAddress, by: u32) -> Result<Lease, Failu
     };
     let all: BTreeSet<PciAddress> =
         inventory.functions().filter(beside).map(|f| f.address).chain([function.address]).collect();
-    let steps: Vec<_> = plan::resets(&inventory, &all)
+    let mut steps: Vec<_> = plan::resets(&inventory, &all)
         .into_iter()
         .filter(|step| step.device() == Some(device) || step.others().contains(&device))
         .collect();
@@ -106,12 +108,36 @@ fn reset_of(data: &mut Data, device: PciAddress, by: u32) -> Result<Lease, Failu
         return refused(ErrorKind::Unsupported, "has no way to be reset; power it off and on");
     }
     let touched = steps.iter().flat_map(|s| s.device().into_iter().chain(s.others().to_vec()));
-    let bindings = touched.filter_map(|a| Some((a, inventory.get(a)?.binding())));
+    let touched: BTreeSet<PciAddress> = touched.collect();
+    steps.extend(clearings(data, &touched)?);
+    let bindings = touched.into_iter().filter_map(|a| Some((a, inventory.get(a)?.binding())));
     let plan = Plan { devices: bindings.collect(), steps, ..Plan::default() };
     let task = format!("a reset of {device}");
     let lease = Lease { owner: by, task: Some(task), ..new_lease(data, &plan) };
     data.leases.insert(lease.id.clone(), lease.clone());
     Ok(lease)
+}
+
+/// What clears the memory of functions as the policy has it now, or as is known without one.
+fn clearings(data: &Data, functions: &BTreeSet<PciAddress>) -> Result<Vec<Step>, Failure> {
+    let rules = data.rules(&BTreeSet::new());
+    let mut care = BTreeMap::new();
+    for function in functions.iter().filter_map(|address| data.inventory.get(*address)) {
+        let rule = rules.get(&function.address).map(|rule| rule.scrub.clone()).unwrap_or_default();
+        let Ok(Some(scrubber)) = rule.for_function(function) else { continue };
+        if let Some(driver) = scrubber.driver() {
+            let address = function.address;
+            let why = format!(
+                "{address} is to be cleared on host driver {driver}, which only the end of a lease \
+                 does, and that lease is no longer on record; clear it by hand, then its quarantine \
+                 ('vfioctl quarantine clear {address}')"
+            );
+            return Err(Failure::new(ErrorKind::Unsupported, why));
+        }
+        let scrub = Scrubbing::With(scrubber);
+        care.insert(function.address, Care { scrub, ..Care::default() });
+    }
+    Ok(plan::scrubs(&data.inventory, &care, |_| None).before)
 }
 
 fn refuse_held(data: &Data, device: PciAddress) -> Result<(), Failure> {
