@@ -201,7 +201,18 @@ fn libraries(stage: &Path) -> Result<String> {
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout)?;
     let packages = text.trim().strip_prefix("shlibs:Depends=");
-    Ok(packages.context("dpkg-shlibdeps named no libraries")?.to_owned())
+    let packages = packages.context("dpkg-shlibdeps named no libraries")?;
+    // Packed relocations are no symbol, and so not among what dpkg-shlibdeps looks for.
+    Ok(if packed(stage)? { format!("{packages}, libc6 (>= 2.36)") } else { packages.to_owned() })
+}
+
+/// Whether a binary has packed relocations (see `vfiod/build.rs`).
+fn packed(stage: &Path) -> Result<bool> {
+    let binaries = BINARIES.map(|(name, directory)| stage.join(directory).join(name));
+    let output = Command::new("readelf").args(["--version-info", "--wide"]).args(binaries).output();
+    let output = output.context("starting readelf")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).contains("GLIBC_ABI_DT_RELR"))
 }
 
 fn architecture() -> Result<String> {
