@@ -116,6 +116,32 @@ fn what_is_planned_is_done_and_a_second_time_there_is_nothing_to_do() {
 }
 
 #[test]
+fn a_card_that_takes_its_time_keeps_no_other_waiting_but_its_own_functions() {
+    let stage = start(LAB, POLICY);
+    let planned = stage.broker.plan_policy().unwrap();
+    stage.sim.arm(Fault {
+        on: Operation::NumVfs,
+        device: Some(at(NIC)),
+        nth: 1,
+        effect: Effect::BlockForever,
+    });
+    let applied = std::thread::scope(|scope| {
+        let applied = scope.spawn(|| stage.apply());
+        assert!(eventually(|| stage.driver(GPU).as_deref() == Some("vfio-pci")), "it waited");
+        assert!(stage.sim.is_blocked(), "the network card was done first");
+        assert!(!stage.sim.function(at(VF)).exists());
+        stage.sim.let_go();
+        applied.join().unwrap()
+    });
+    let order = |record: &PolicyRecord| -> Vec<String> {
+        record.units.iter().map(|unit| unit.device.clone()).collect()
+    };
+    assert_eq!(order(&applied), order(&planned));
+    assert!(applied.units.iter().all(UnitRecord::is_as_wanted), "{:?}", standings(&applied));
+    assert_eq!(stage.driver(VF).as_deref(), Some("vfio-pci"));
+}
+
+#[test]
 fn what_is_on_vfio_by_the_policy_is_leased_and_goes_back_there() {
     let stage = start(LAB, POLICY);
     stage.apply();

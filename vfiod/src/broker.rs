@@ -25,9 +25,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libvfio::address::PciAddress;
 use libvfio::backend::Offer;
@@ -197,6 +197,29 @@ impl<T> fmt::Debug for Reply<T> {
     }
 }
 
+/// The answer of work that has begun on a thread of its own, once there is one.
+#[derive(Debug)]
+struct Answer<T>(Receiver<Result<T, Failure>>);
+
+impl<T> Answer<T> {
+    fn wait(self) -> Result<T, Failure> {
+        self.0.recv().unwrap_or_else(|_| Self::lost())
+    }
+
+    /// The answer, if there is one by then, or whoever waits for it.
+    fn within(self, patience: Duration) -> Result<Result<T, Failure>, Self> {
+        match self.0.recv_timeout(patience) {
+            Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Timeout) => Err(self),
+            Err(RecvTimeoutError::Disconnected) => Ok(Self::lost()),
+        }
+    }
+
+    fn lost() -> Result<T, Failure> {
+        Err(internal("a fault of vfiod: see its journal"))
+    }
+}
+
 impl Data {
     /// The lease that holds a function.
     fn holder(&self, address: PciAddress) -> Option<&Lease> {
@@ -266,6 +289,14 @@ impl Broker {
         self: &Arc<Self>,
         work: impl FnOnce(&Arc<Self>, &Reply<T>) + Send + 'static,
     ) -> Result<T, Failure> {
+        self.begin(work).wait()
+    }
+
+    /// Has work begun on a thread of its own.
+    fn begin<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Arc<Self>, &Reply<T>) + Send + 'static,
+    ) -> Answer<T> {
         let (tell, answer) = channel();
         let reply = Reply::new(move |given| {
             // Whoever asked waits for it.
@@ -273,7 +304,7 @@ impl Broker {
         });
         let broker = self.clone();
         std::thread::spawn(move || work(&broker, &reply));
-        answer.recv().unwrap_or_else(|_| Err(internal("a fault of vfiod: see its journal")))
+        Answer(answer)
     }
 
     fn host(&self) -> &HostRoot {

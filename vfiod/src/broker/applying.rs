@@ -1,10 +1,10 @@
 //! Doing what the policy says, a device at a time. Each is walked and recorded like a lease, as a
 //! task of the daemon's own, so that it survives what leases survive: a device is as it was, or as
-//! wanted. What is leased waits.
+//! wanted. What is leased waits, and what takes its time keeps nobody else waiting.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libvfio::address::PciAddress;
 use libvfio::client::{DONE, FAILED, Failure, PolicyRecord, StepRecord, UnitRecord};
@@ -16,11 +16,14 @@ use tracing::{info, warn};
 
 use super::leasing::{Late, done, new_lease};
 use super::policy::{Look, noted};
-use super::{Around, Broker, Change, Reply};
+use super::{Answer, Around, Broker, Change, Reply};
 use crate::boot::BootReport;
 use crate::history::{self, Event};
 use crate::lease::Lease;
 use crate::request::ApplyOptions;
+
+/// How long a unit is waited for before the next one begins beside it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What became of a unit.
 struct Conformed {
@@ -28,6 +31,27 @@ struct Conformed {
     lease: Option<Lease>,
     failure: Option<Failure>,
 }
+
+/// A unit on its way.
+struct Walking<'a> {
+    lead: &'a Lead,
+    /// Its place among all.
+    place: usize,
+    unit: Unit,
+    answer: Answer<Lease>,
+}
+
+/// How a unit begins.
+enum Way {
+    /// There is nothing to do, or nothing that can be done.
+    None,
+    /// It cannot begin.
+    Barred(Failure),
+    Walks(Answer<Lease>),
+}
+
+/// Whoever takes what became of a unit, with its place, or why it could not be looked at.
+type Take<'a> = dyn FnMut(usize, &Lead, Result<Conformed, Failure>) + 'a;
 
 impl Broker {
     /// Does what the policy says, as far as nothing is in the way, and tells what is left.
@@ -52,18 +76,28 @@ impl Broker {
         for unit in std::mem::take(&mut record.units).into_iter().filter(UnitRecord::is_as_wanted) {
             as_wanted.extend(unit.device.parse().map(|device| (device, unit)));
         }
-        for lead in leads {
-            // What was as wanted a moment ago needs no second look, unless it is made anew.
+        let mut units: Vec<(usize, UnitRecord)> = Vec::new();
+        // What was as wanted a moment ago needs no second look, unless it is made anew.
+        let mut rest = Vec::new();
+        for (place, lead) in leads.iter().enumerate() {
             let parent = looked.inventory.get(lead.device).and_then(|f| f.physical());
             let anew =
                 parent.is_some_and(|of| numbers.contains(&of) && !as_wanted.contains_key(&of));
             let there = looked.inventory.get(lead.device).is_some();
-            if let Some(unit) = as_wanted.get(&lead.device).filter(|_| there && !anew) {
-                self.data().in_force.waiting.remove(&lead.device);
-                record.units.push(unit.clone());
-                continue;
+            match as_wanted.get(&lead.device).filter(|_| there && !anew) {
+                Some(unit) => {
+                    self.data().in_force.waiting.remove(&lead.device);
+                    units.push((place, unit.clone()));
+                }
+                None => rest.push((place, lead)),
             }
-            let Some(conformed) = self.conform(&lead, user)? else { continue };
+        }
+        let mut unseen = None;
+        self.conform_each(&rest, user, &mut |place, lead, conformed| {
+            let conformed = match conformed {
+                Ok(conformed) => conformed,
+                Err(failure) => return unseen = Some(failure),
+            };
             let waits = conformed.unit.standing() == Standing::Waits;
             let waiting = &mut self.data().in_force.waiting;
             if waits {
@@ -71,8 +105,13 @@ impl Broker {
             } else {
                 waiting.remove(&lead.device)
             };
-            record.units.push(told(&looked.policy, &conformed, options.boot));
+            units.push((place, told(&looked.policy, &conformed, options.boot)));
+        });
+        if let Some(failure) = unseen {
+            return Err(failure);
         }
+        units.sort_by_key(|(place, _)| *place);
+        record.units = units.into_iter().map(|(_, unit)| unit).collect();
         drop(one_at_a_time);
         // Virtual functions that were made are in their pool now, and others met.
         noted(self.meet(false))?;
@@ -88,16 +127,72 @@ impl Broker {
         Ok(record)
     }
 
-    /// Brings one unit to where the policy wants it. `None` if it is not there.
-    fn conform(self: &Arc<Self>, lead: &Lead, user: u32) -> Result<Option<Conformed>, Failure> {
+    /// Brings units to where the policy wants them, one after another but for those that take their
+    /// time: all that does not depend on them goes on. Each is taken with its place as soon as it is
+    /// known what became of it, or why it could not be looked at.
+    fn conform_each(self: &Arc<Self>, leads: &[(usize, &Lead)], user: u32, take: &mut Take<'_>) {
+        let mut behind: Vec<Walking<'_>> = Vec::new();
+        let mut after_them = Vec::new();
+        for (place, lead) in leads {
+            if behind.iter().any(|slow| self.depends_on(lead, slow.lead)) {
+                after_them.push((*place, *lead));
+                continue;
+            }
+            let still = |unit, failure| Conformed { unit, lease: None, failure };
+            match self.conform(lead, user) {
+                Ok(None) => {}
+                Ok(Some((unit, Way::None))) => take(*place, lead, Ok(still(unit, None))),
+                Ok(Some((unit, Way::Barred(why)))) => {
+                    take(*place, lead, Ok(still(unit, Some(why))));
+                }
+                Ok(Some((unit, Way::Walks(answer)))) => match answer.within(PATIENCE) {
+                    Ok(answer) => take(*place, lead, Ok(self.walked(unit, answer))),
+                    Err(answer) => behind.push(Walking { lead, place: *place, unit, answer }),
+                },
+                Err(failure) => take(*place, lead, Err(failure)),
+            }
+        }
+        for Walking { lead, place, unit, answer } in behind {
+            take(place, lead, Ok(self.walked(unit, answer.wait())));
+        }
+        if !after_them.is_empty() {
+            self.conform_each(&after_them, user, take);
+        }
+    }
+
+    /// Whether a unit is of virtual functions that another one makes. Which one makes those that are not
+    /// there yet is not known here.
+    fn depends_on(&self, lead: &Lead, other: &Lead) -> bool {
+        let physical = self.inventory().get(lead.device).map(|function| function.physical());
+        other.kind == Kind::Physical
+            && lead.kind != Kind::Physical
+            && physical.is_none_or(|physical| physical == Some(other.device))
+    }
+
+    /// What became of a unit that walked.
+    fn walked(&self, unit: Unit, answer: Result<Lease, Failure>) -> Conformed {
+        match answer {
+            Ok(lease) => {
+                self.data().in_force.settled.insert(unit.device);
+                Conformed { unit, lease: Some(lease), failure: None }
+            }
+            Err(failure) => Conformed { unit, lease: None, failure: Some(failure) },
+        }
+    }
+
+    /// Begins to bring one unit to where the policy wants it. `None` if it is not there.
+    fn conform(self: &Arc<Self>, lead: &Lead, user: u32) -> Result<Option<(Unit, Way)>, Failure> {
         self.refresh(self.around(lead));
         let Look { circumstances, .. } = self.look_for_policy(Some(lead))?;
         let (unit, lease) = {
-            let mut data = self.data();
             // As for a change of virtual functions by hand.
-            while lead.kind == Kind::Physical && data.bus_is_changing(lead.device) {
-                data = self.ended.wait(data).unwrap_or_else(PoisonError::into_inner);
-            }
+            let (mut data, barred) = match lead.kind {
+                Kind::Physical => match self.await_bus(lead.device) {
+                    Ok(data) => (data, None),
+                    Err(failure) => (self.data(), Some(failure)),
+                },
+                Kind::Device | Kind::Kept => (self.data(), None),
+            };
             let _ = Arc::make_mut(&mut data.inventory).refresh_vfio(self.host());
             let looked = data.looked_at();
             // Leases may have come and gone during the look.
@@ -106,8 +201,10 @@ impl Broker {
             let now = plan::Circumstances { claims, quarantined, rules, ..circumstances };
             let unit = plan::policy_unit(&looked.inventory, &now, &looked.wish(), lead);
             let Some(unit) = unit else { return Ok(None) };
-            if unit.standing() != Standing::ToDo {
-                return Ok(Some(Conformed { unit, lease: None, failure: None }));
+            match barred {
+                _ if unit.standing() != Standing::ToDo => return Ok(Some((unit, Way::None))),
+                Some(failure) => return Ok(Some((unit, Way::Barred(failure)))),
+                None => {}
             }
             let (devices, steps) = (unit.devices.clone(), unit.steps.clone());
             let plan = Plan { devices, steps, ..Plan::default() };
@@ -118,15 +215,9 @@ impl Broker {
         };
         let (kind, pool) = (lead.kind, unit.pool.clone());
         let device = lead.device;
-        let walked =
-            self.apart(move |broker, reply| broker.walk_unit(lease, &pool, device, kind, reply));
-        if walked.is_ok() {
-            self.data().in_force.settled.insert(lead.device);
-        }
-        Ok(Some(match walked {
-            Ok(lease) => Conformed { unit, lease: Some(lease), failure: None },
-            Err(failure) => Conformed { unit, lease: None, failure: Some(failure) },
-        }))
+        let answer =
+            self.begin(move |broker, reply| broker.walk_unit(lease, &pool, device, kind, reply));
+        Ok(Some((unit, Way::Walks(answer))))
     }
 
     /// All functions whose state decides on a unit.
@@ -267,20 +358,24 @@ impl Broker {
         let _one_at_a_time = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let looked = self.data().looked_at();
         let leads = plan::policy_leads(&looked.inventory, &looked.wish());
-        for lead in leads.iter().filter(|lead| meant(self, lead)) {
-            match self.conform(lead, 0) {
-                Ok(Some(Conformed { failure: None, unit, .. })) => {
-                    if unit.standing() != Standing::Waits {
+        let meant: Vec<(usize, &Lead)> =
+            leads.iter().enumerate().filter(|(_, lead)| meant(self, lead)).collect();
+        self.conform_each(&meant, 0, &mut |_, lead, conformed| {
+            let failure = match conformed {
+                Ok(Conformed { failure, .. }) if failure.is_some() => failure,
+                Ok(conformed) => {
+                    if conformed.unit.standing() != Standing::Waits {
                         self.data().in_force.waiting.remove(&lead.device);
                     }
+                    None
                 }
-                Ok(None) => {}
-                Ok(Some(Conformed { failure: Some(failure), .. })) | Err(failure) => {
-                    warn!(device = %lead.device, %failure, "the policy is not kept here any more");
-                    self.data().in_force.given_up.insert(lead.device);
-                }
+                Err(failure) => Some(failure),
+            };
+            if let Some(failure) = failure {
+                warn!(device = %lead.device, %failure, "the policy is not kept here any more");
+                self.data().in_force.given_up.insert(lead.device);
             }
-        }
+        });
     }
 }
 

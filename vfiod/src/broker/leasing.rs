@@ -261,6 +261,8 @@ impl Watcher for Late<'_> {
         lease.state = State::Wedged;
         lease.reason = Some(reason.clone());
         self.broker.file(lease);
+        // Who waits for its end has waited long enough.
+        self.broker.ended.notify_all();
         (self.tell)(Failure::new(
             ErrorKind::Wedged,
             format!("lease {} is wedged: {reason}", lease.id),

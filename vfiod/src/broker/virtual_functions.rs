@@ -3,7 +3,7 @@
 //! survives what leases survive.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use libvfio::address::PciAddress;
 use libvfio::backend::{self, Maker};
@@ -19,7 +19,7 @@ use tracing::{info, warn};
 use super::leasing::{Late, done, new_lease};
 use super::{Around, Broker, Data, Reply, circumstances};
 use crate::history::Event;
-use crate::lease::Lease;
+use crate::lease::{Lease, State};
 use crate::transition::Walk;
 
 impl Broker {
@@ -33,12 +33,7 @@ impl Broker {
     ) -> Result<Vec<PciAddress>, Failure> {
         let found = self.surroundings(device)?;
         let task = {
-            let mut data = self.data();
-            // The kernel makes a bus when the first function on it appears, and two that do so at
-            // once may disagree.
-            while data.bus_is_changing(device) {
-                data = self.ended.wait(data).unwrap_or_else(PoisonError::into_inner);
-            }
+            let mut data = self.await_bus(device)?;
             let plan = planned(&data, device, count, found)?;
             if plan.steps.is_empty() {
                 None
@@ -54,6 +49,16 @@ impl Broker {
             self.apart(move |broker, reply| broker.renumber(lease, device, reply))?;
         }
         Ok(virtual_functions(&self.inventory(), device))
+    }
+
+    /// Waits until nobody changes virtual functions on the buses of this physical one's. The kernel
+    /// makes a bus when the first function on it appears, and two that do so at once may disagree.
+    pub(super) fn await_bus(&self, device: PciAddress) -> Result<MutexGuard<'_, Data>, Failure> {
+        let mut data = self.data();
+        while data.bus_is_changing(device)? {
+            data = self.ended.wait(data).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(data)
     }
 
     /// What that would do, or why it would not be done.
@@ -204,13 +209,29 @@ impl Broker {
 
 impl Data {
     /// Whether the virtual functions of a physical one on any bus of this one's are being changed.
-    pub(super) fn bus_is_changing(&self, device: PciAddress) -> bool {
+    /// Wedged, if that may be so for ever.
+    fn bus_is_changing(&self, device: PciAddress) -> Result<bool, Failure> {
         let buses = buses(&self.inventory, device);
-        let moving = self.leases.values().filter(|lease| lease.task.is_some());
-        let moving = moving.filter(|lease| lease.state.moves());
-        moving.flat_map(|lease| lease.devices.keys()).any(|other| {
-            *other != device && buses.intersection(&buses_of(self, *other)).count() > 0
-        })
+        let shares = |other: &&PciAddress| {
+            **other != device && buses.intersection(&buses_of(self, **other)).count() > 0
+        };
+        let changing = self.leases.values().filter_map(|lease| {
+            let moves = lease.task.is_some() && lease.state.moves();
+            Some((lease, *lease.devices.keys().find(shares).filter(|_| moves)?))
+        });
+        let mut some = false;
+        for (lease, other) in changing {
+            some = true;
+            if lease.state == State::Wedged {
+                let (id, reason) = (&lease.id, lease.reason.as_deref().unwrap_or_default());
+                let why = format!(
+                    "virtual functions of {device} share a bus with those of {other}, whose change \
+                     does not come to an end (lease {id}): {reason}"
+                );
+                return Err(Failure::new(ErrorKind::Wedged, why));
+            }
+        }
+        Ok(some)
     }
 }
 
