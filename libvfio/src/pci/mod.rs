@@ -318,17 +318,49 @@ pub fn virtual_functions(host: &HostRoot, physical: PciAddress) -> Vec<PciAddres
     found
 }
 
-/// The six base address registers of a function that is no bridge, as it has them now.
-pub(crate) fn base_addresses(host: &HostRoot, address: PciAddress) -> Option<[u32; 6]> {
-    let file = host.function(address).open("config").ok()??;
-    let mut bytes = [0; 24];
-    file.read_exact_at(&mut bytes, 0x10).ok()?;
-    let (registers, _) = bytes.as_chunks::<4>();
-    let mut addresses = [0; 6];
-    for (address, register) in addresses.iter_mut().zip(registers) {
-        *address = u32::from_le_bytes(*register);
+/// What a reset may spoil of a function, and what tells whether it did: less than half of what there
+/// is to read of it.
+#[derive(Debug)]
+pub(crate) struct Condition {
+    /// Its numeric identity, as the kernel remembers it.
+    pub(crate) ids: Ids,
+    /// Whether it is a virtual function.
+    pub(crate) is_virtual: bool,
+    /// The driver bound to it.
+    pub(crate) driver: Option<String>,
+    /// Whether that is one of VFIO's.
+    pub(crate) on_vfio: bool,
+    /// What can be read of its configuration space.
+    pub(crate) config: ConfigSpace,
+    /// Its six base address registers, if it is no bridge; none where it did not answer.
+    pub(crate) bars: Option<[u32; 6]>,
+    /// Its power state.
+    pub(crate) power_state: Option<String>,
+}
+
+impl Condition {
+    /// How the function is that is at an address now; `None` if there is none.
+    pub(crate) fn read(host: &HostRoot, address: PciAddress) -> Option<Self> {
+        let dir = host.function(address);
+        dir.instance()?;
+        let bytes = read_config(&dir).unwrap_or_default();
+        let config = config::parse(&bytes);
+        let uevent = dir.attr("uevent").ok().flatten().unwrap_or_default();
+        let driver = dir.link_name("driver");
+        let vfio_devices = driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
+        let (registers, _) = bytes.get(0x10..0x28).unwrap_or_default().as_chunks::<4>();
+        let bars = <[[u8; 4]; 6]>::try_from(registers).ok().filter(|_| config.alive);
+        Some(Self {
+            ids: Ids::read(&dir, &uevent, &config, &mut Noting(&mut Vec::new())),
+            is_virtual: dir.link_name("physfn").is_some(),
+            on_vfio: vfio_devices.is_some_and(|all| !all.is_empty())
+                || driver.as_deref() == Some("vfio-pci"),
+            driver,
+            bars: bars.map(|all| all.map(u32::from_le_bytes)),
+            power_state: dir.attr("power_state").ok().flatten(),
+            config,
+        })
     }
-    Some(addresses)
 }
 
 /// Interrupt vectors (MSI-X) a function has now: the one thing in configuration space that a physical

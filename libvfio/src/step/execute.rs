@@ -179,10 +179,8 @@ fn reset(host: &HostRoot, device: PciAddress, with: &[PciAddress]) -> Done {
     };
     let all: Vec<PciAddress> = [device].iter().chain(with).copied().collect();
     let before = all.iter().map(read).collect::<Result<Vec<Health>, Cause>>()?;
-    for function in before.iter().map(Health::function) {
-        if function.driver.is_some() && !function.on_vfio() {
-            return Err(changed(Some("VFIO"), function.driver.as_deref()));
-        }
+    if let Some(driver) = before.iter().find_map(Health::stranger) {
+        return Err(changed(Some("VFIO"), Some(driver)));
     }
     let done = match with {
         [] => host.function(device).write("reset", "1"),

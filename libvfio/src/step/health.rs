@@ -4,30 +4,34 @@
 use super::Cause;
 use crate::address::PciAddress;
 use crate::host::HostRoot;
+use crate::pci::Condition;
 use crate::pci::config::Link;
-use crate::pci::{self, Function};
 
 /// What must be so of a function after a reset.
 #[derive(Debug)]
 pub(super) struct Health {
-    function: Function,
-    /// Base address registers; none where the function did not answer.
-    bars: Option<[u32; 6]>,
-    link: Option<Link>,
+    address: PciAddress,
+    found: Condition,
 }
 
 impl Health {
     /// How a function is now; `None` if there is none.
     pub(super) fn read(host: &HostRoot, device: PciAddress) -> Option<Self> {
-        let function = Function::read(host, device)?;
-        let bars = pci::base_addresses(host, device).filter(|_| !function.is_silent());
-        let link = function.config.pcie().and_then(|express| express.link);
-        Some(Self { function, bars, link })
+        Condition::read(host, device).map(|found| Self { address: device, found })
     }
 
-    /// The function.
-    pub(super) fn function(&self) -> &Function {
-        &self.function
+    /// The driver that has the function where that is none of VFIO's.
+    pub(super) fn stranger(&self) -> Option<&str> {
+        self.found.driver.as_deref().filter(|_| !self.found.on_vfio)
+    }
+
+    /// Whether configuration reads return nothing but ones.
+    fn is_silent(&self) -> bool {
+        self.found.config.coverage > 0 && !self.found.config.alive
+    }
+
+    fn link(&self) -> Option<Link> {
+        self.found.config.pcie().and_then(|express| express.link)
     }
 
     /// What is wrong with a function now that was like this before its reset: what was expected and
@@ -35,54 +39,54 @@ impl Health {
     /// remembers of it.
     pub(super) fn compare(&self, now: Option<&Self>) -> Result<(), Cause> {
         let wrong = |wanted: String, found: String| Err(Cause::ReadBack { wanted, found });
-        let name = self.function.address;
+        let name = self.address;
         let Some(now) = now else {
             return wrong(format!("{name}"), "no device".into());
         };
-        if now.function.is_silent() {
+        if now.is_silent() {
             return wrong(
                 format!("an answer of {name}"),
                 "all ones in its configuration space".into(),
             );
         }
         let ids = |health: &Self| {
-            let ids = health.function.ids;
+            let ids = health.found.ids;
             format!("{name} as {}:{}, class {}", hex(ids.vendor), hex(ids.device), hex(ids.class))
         };
         let asleep = |health: &Self| {
-            let state = health.function.power_state.as_deref();
+            let state = health.found.power_state.as_deref();
             matches!(state, Some("D3cold" | "error" | "unknown"))
         };
         // The kernel remembers ids; the function itself says them too, unless it is a virtual one.
-        if let Some(header) = now.function.config.header.as_ref()
-            && now.function.physical().is_none()
+        if let Some(header) = now.found.config.header.as_ref()
+            && !now.found.is_virtual
         {
             let its = (Some(header.vendor), Some(header.device), Some(header.class));
-            let ours = self.function.ids;
+            let ours = self.found.ids;
             if its != (ours.vendor, ours.device, ours.class) {
                 let (vendor, device, class) = its;
                 let found = format!("{}:{}, class {}", hex(vendor), hex(device), hex(class));
                 return wrong(ids(self), found);
             }
         }
-        let serial = |health: &Self| health.function.config.serial().map(|s| s.to_string());
-        if !self.function.is_silent() && serial(self) != serial(now) {
+        let serial = |health: &Self| health.found.config.serial().map(|s| s.to_string());
+        if !self.is_silent() && serial(self) != serial(now) {
             let say = |serial: Option<String>| serial.unwrap_or_else(|| "none".into());
             return wrong(format!("serial number {}", say(serial(self))), say(serial(now)));
         }
         // One that had lost its addresses may have them again.
         let lost = |before: [u32; 6]| {
-            let now = now.bars.unwrap_or_default();
+            let now = now.found.bars.unwrap_or_default();
             before.iter().zip(now).any(|(before, now)| *before != 0 && *before != now)
         };
-        if self.bars.is_some_and(lost) {
+        if self.found.bars.is_some_and(lost) {
             return wrong(
                 format!("the base addresses of {name} as before"),
                 "others, or none".into(),
             );
         }
-        if let (Some(before), Some(after)) = (self.link, now.link)
-            && !self.function.is_silent()
+        if let (Some(before), Some(after)) = (self.link(), now.link())
+            && !self.is_silent()
             && (after.current_speed < before.current_speed
                 || after.current_width < before.current_width)
         {
@@ -90,7 +94,7 @@ impl Health {
             return wrong(format!("a link of {name} at {}", say(before)), say(after));
         }
         if asleep(now) && !asleep(self) {
-            let state = now.function.power_state.clone().unwrap_or_default();
+            let state = now.found.power_state.clone().unwrap_or_default();
             return wrong(format!("{name} with power"), format!("power state {state}"));
         }
         Ok(())

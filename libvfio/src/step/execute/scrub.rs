@@ -18,8 +18,8 @@ use crate::vfio::{Region, Wrong};
 
 /// Scrubs a function that is where its scrubber works, by that.
 pub(super) fn scrub(host: &HostRoot, device: PciAddress, with: &Scrubber) -> Done {
-    let before = Health::read(host, device).ok_or_else(|| changed(Some("a device"), None))?;
-    let function = before.function();
+    let none = || changed(Some("a device"), None);
+    let function = &Function::read(host, device).ok_or_else(none)?;
     let driver = function.driver.as_deref();
     match with.driver() {
         None if !function.on_vfio() => return Err(changed(Some("VFIO"), driver)),
@@ -35,6 +35,7 @@ pub(super) fn scrub(host: &HostRoot, device: PciAddress, with: &Scrubber) -> Don
         Scrubber::Nvme if host.is_real() => nvme::erase(host, device, with.limit())?,
         Scrubber::Nvme => simulated(host, device)?,
         Scrubber::Command { command, .. } => {
+            let before = Health::read(host, device).ok_or_else(none)?;
             command::run(host, function, command, with.limit())?;
             before.compare(Health::read(host, device).as_ref())?;
         }
