@@ -128,7 +128,7 @@ impl FromStr for Kernel {
 pub enum Purpose {
     /// Scenarios, some of which start guests.
     Scenarios,
-    /// Benchmarks, which start none.
+    /// Benchmarks, whose guests never run.
     Benchmarks,
     /// Scenarios through boots: all of the usual devices, [`THIRD_NIC`], and a port that is free.
     Boots,
@@ -140,7 +140,7 @@ impl Purpose {
     /// Processors.
     ///
     /// With two, QEMU 10 can free a memory map that the other one still uses when a BAR of a guest
-    /// moves (its assertion in `iotlb_to_section` fails). Where no guest is started there are two,
+    /// moves (its assertion in `iotlb_to_section` fails). Where no guest runs there are two,
     /// so that what udev and systemd make of a change runs beside what is measured, as it does on
     /// any real host.
     fn processors(self) -> u8 {

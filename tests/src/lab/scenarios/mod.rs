@@ -145,7 +145,7 @@ const SCENARIOS: &[Scenario] = &[
     .on(Purpose::Boots),
     scenario("demo", "the product at work, told as a story", demo::run),
     scenario("bench-guests", "what starting guests costs beside libvirt and QEMU", bench::guests)
-        .by_name(),
+        .on(Purpose::Benchmarks),
     scenario("many", "508 virtual functions for eight tenants", many::run).on(Purpose::Many),
     scenario("bench", "what it costs beside the kernel and its peers", bench::run)
         .on(Purpose::Benchmarks),

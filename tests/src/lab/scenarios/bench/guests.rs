@@ -2,19 +2,21 @@
 //! bare QEMU.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use super::super::libvirt::{define, hostdev, none_leased};
 use super::{peers, timed};
 use crate::lab::{Lab, command, sysfs, wait_until};
 use crate::machine::NIC;
-use crate::protocol::BenchRow;
+use crate::protocol::{BenchRow, median};
 
 /// Runs of what takes a second.
 const FEW: usize = 12;
@@ -37,7 +39,7 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
     sysfs::write(NIC.address, "sriov_drivers_autoprobe", "1")
 }
 
-/// From `virsh start` to running, with our hook and `managed='no'`, and by libvirt alone.
+/// From `virsh start` to a guest that could run, with our hook and `managed='no'`, and by libvirt alone.
 ///
 /// Each with a function of its own: libvirt takes one that a domain with `managed='no'` has had for
 /// detached by hand, and then leaves it on VFIO (`virHostdevPreparePCIDevices`).
@@ -47,7 +49,8 @@ fn domains(lab: &mut Lab, vf: &str, other: &str) -> Result<()> {
     let start = |domain: &str, vf: &str, hook: u32| {
         fs::set_permissions(HOOK, fs::Permissions::from_mode(hook))?;
         command::run(["udevadm", "settle"])?.success()?;
-        let took = timed(|| command::run(["virsh", "start", domain])?.success().map(drop))?;
+        let took =
+            timed(|| command::run(["virsh", "start", "--paused", domain])?.success().map(drop))?;
         command::run(["virsh", "destroy", domain])?.success()?;
         // The hook does not keep libvirt waiting for what follows the guest's end.
         wait_until("the function is back", LIMIT, || Ok(sysfs::driver(vf).is_none()))?;
@@ -67,61 +70,91 @@ fn domains(lab: &mut Lab, vf: &str, other: &str) -> Result<()> {
     lab.bench(row)
 }
 
-/// From the command line to a monitor that answers, with a lease and with a device bound before.
+/// From the command line to a monitor that answers, with a lease, with a device bound just before by
+/// bare writes, and with one bound long before.
 fn monitors(lab: &mut Lab, vf: &str) -> Result<()> {
-    let (mut ours, mut bare) = (Vec::new(), Vec::new());
-    for _ in 0..FEW {
-        sysfs::bind(vf, Some("vfio-pci"))?;
-        command::run(["udevadm", "settle"])?.success()?;
-        let device = format!("vfio-pci,host={vf}");
-        bare.push(answering(&["qemu-system-x86_64"], &["-device", &device])?);
+    const LAUNCHER: [&str; 5] = ["vfioctl", "run", "--tenant=bench", "--vmm=qemu", "--device"];
+    let device = format!("vfio-pci,host={vf}");
+    let bare = ["qemu-system-x86_64"];
+    let run = |program| [&LAUNCHER[..], &[vf, "--", program]].concat();
+    let settle = || command::run(["udevadm", "settle"])?.success();
+    let unbind = || {
         sysfs::write(vf, "driver/unbind", vf)?;
         sysfs::write(vf, "driver_override", "\n")?;
-        command::run(["udevadm", "settle"])?.success()?;
-        let launcher = ["vfioctl", "run", "--tenant=bench", "--device", vf, "--"];
-        ours.push(answering(&[&launcher[..], &["qemu-system-x86_64"]].concat(), &["{vfio}"])?);
+        settle()
+    };
+    let (mut ours, mut bound, mut floor) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut before, mut nothing) = (Vec::new(), Vec::new());
+    // Taken in turns, so that what the machine does besides falls on all alike.
+    for _ in 0..FEW {
+        sysfs::bind(vf, Some("vfio-pci"))?;
+        settle()?;
+        bound.push(answering(Instant::now(), &bare, &["-device", &device])?);
+        unbind()?;
+        let begun = Instant::now();
+        sysfs::bind(vf, Some("vfio-pci"))?;
+        floor.push(answering(begun, &bare, &["-device", &device])?);
+        unbind()?;
+        ours.push(answering(Instant::now(), &run(bare[0]), &["{vfio}"])?);
         wait_until("the lease ends", LIMIT, none_leased)?;
+        settle()?;
+        // What is started instead of a monitor ends at once.
+        let program = [&run("true")[..], &["{vfio}"]].concat();
+        before.push(timed(|| command::run(program)?.success().map(drop))?);
+        wait_until("the lease ends", LIMIT, none_leased)?;
+        settle()?;
+        nothing.push(timed(|| command::run(["true"])?.success().map(drop))?);
     }
     let mut row = BenchRow::of("run", "ms", &ours);
-    row.peer_ratios = peers(&row, [("qemu", &bare)]);
+    row.floor_ratio = Some(row.median / median(&floor));
+    row.peer_ratios = peers(&row, [("qemu", &bound)]);
+    lab.bench(row)?;
+    let (nothing, bound) = (median(&nothing), median(&bound));
+    for took in &mut before {
+        *took -= nothing;
+    }
+    let mut row = BenchRow::of("run-before-exec", "ms", &before);
+    row.peer_ratios = [("qemu".to_owned(), (bound + row.median) / bound)].into();
     lab.bench(row)
 }
 
-/// How long it takes until the monitor greets, in milliseconds.
-fn answering(program: &[&str], devices: &[&str]) -> Result<f64> {
+/// How long it takes from `begun` until the monitor of a guest that does not run yet has answered a
+/// command, in milliseconds.
+fn answering(begun: Instant, program: &[&str], devices: &[&str]) -> Result<f64> {
     if fs::exists(SOCKET)? {
         fs::remove_file(SOCKET)?;
     }
-    let qmp = format!("unix:{SOCKET},server=on,wait=off");
-    let mut monitor = Command::new(program[0]);
-    monitor
+    // It calls, so that nobody has to look whether it is there.
+    let listener = UnixListener::bind(SOCKET)?;
+    let mut monitor = Command::new(program[0])
         .args(&program[1..])
         .args(["-accel", "kvm", "-cpu", "host", "-machine", "q35", "-m", "64", "-nodefaults"])
-        .args(["-display", "none", "-S", "-qmp", &qmp])
+        .args(["-display", "none", "-S", "-qmp", &format!("unix:{SOCKET}")])
         .args(devices)
-        .stdin(Stdio::null());
-    let begun = Instant::now();
-    let mut monitor = monitor.spawn().context("starting a monitor")?;
-    let greeted = greeting(&mut monitor);
+        .stdin(Stdio::null())
+        .spawn()
+        .context("starting a monitor")?;
+    let answered = answered(&listener, &mut monitor);
     let took = super::milliseconds(begun.elapsed());
     monitor.kill()?;
     monitor.wait()?;
-    greeted.map(|()| took)
+    answered.map(|()| took)
 }
 
-fn greeting(monitor: &mut Child) -> Result<()> {
-    let begun = Instant::now();
-    let stream = loop {
-        if let Ok(stream) = UnixStream::connect(SOCKET) {
-            break stream;
-        }
+/// It greets as soon as it has read its command line, and answers when its devices are there.
+fn answered(listener: &UnixListener, monitor: &mut Child) -> Result<()> {
+    let mut calls = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    while poll(&mut calls, 1000u16)? == 0 {
         ensure!(monitor.try_wait()?.is_none(), "the monitor ended");
-        ensure!(begun.elapsed() < LIMIT, "the monitor does not answer");
-        std::thread::sleep(Duration::from_millis(1));
-    };
+    }
+    let (stream, _) = listener.accept()?;
     stream.set_read_timeout(Some(LIMIT))?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    ensure!(line.contains("QMP"), "it greets with {line:?}");
+    let mut lines = BufReader::new(&stream).lines();
+    let mut line = || lines.next().context("the monitor ended")?.context("reading its answer");
+    let greeting = line()?;
+    ensure!(greeting.contains("QMP"), "it greets with {greeting:?}");
+    (&stream).write_all(b"{\"execute\": \"qmp_capabilities\"}\n")?;
+    let answer = line()?;
+    ensure!(answer.contains("return"), "it answers with {answer:?}");
     Ok(())
 }
