@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use libvfio::client::{ManagerProxy, Options};
 
 use super::many::{at_once, device, lease_all};
-use super::{list, memory, timed};
+use super::{list, manager, memory, timed};
 use crate::lab::{Lab, command, sysfs};
 use crate::machine::{MANY, Purpose};
 use crate::protocol::{BenchRow, median};
@@ -18,7 +18,7 @@ const SIZES: [(u16, &str, usize); 4] =
 /// How often all are listed.
 const LISTS: usize = 5;
 
-/// Connections to ask over: the bus lets each wait for 128 answers.
+/// Connections to ask over: each waits for 128 answers at most.
 const CONNECTIONS: usize = 4;
 
 pub(in super::super) fn run(lab: &mut Lab) -> Result<()> {
@@ -72,7 +72,7 @@ async fn set(count: u16) -> Result<Vec<String>> {
 async fn managers() -> Result<Vec<ManagerProxy<'static>>> {
     let mut managers = Vec::new();
     for _ in 0..CONNECTIONS {
-        managers.push(ManagerProxy::new(&zbus::Connection::system().await?).await?);
+        managers.push(manager().await?);
     }
     Ok(managers)
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use libvfio::client::{DeviceProxy, ManagerProxy, Options, device_path};
 use zbus::proxy::CacheProperties;
 
-use super::{SOME, timed};
+use super::{SOME, manager, timed};
 use crate::lab::{Lab, command, sysfs};
 use crate::machine::{NIC, NVME, Purpose};
 use crate::protocol::{BenchRow, median};
@@ -42,8 +42,7 @@ pub(super) fn attach(lab: &mut Lab) -> Result<()> {
         let device = device(NVME.address).await?;
         anyhow::Ok(device.set_virtual_functions(count, Options::new()).await?)
     })?;
-    let connection = runtime.block_on(zbus::Connection::system())?;
-    let manager = runtime.block_on(ManagerProxy::new(&connection))?;
+    let manager = runtime.block_on(manager())?;
     let settle = || command::run(["udevadm", "settle"])?.success();
     let (mut ours, mut floor) = (Vec::new(), Vec::new());
     for _ in 0..FEW {

@@ -75,10 +75,8 @@ pub(super) fn guests(lab: &mut Lab) -> Result<()> {
 fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (private, bus) = runtime.block_on(async {
-        let socket = Builder::unix_stream(UnixStream::connect(PRIVATE_SOCKET)?).p2p();
-        let private = ManagerProxy::builder(&socket.build().await?).destination(BUS_NAME);
         let bus = ManagerProxy::new(&zbus::Connection::system().await?).await?;
-        anyhow::Ok((private.cache_properties(CacheProperties::No).build().await?, bus))
+        anyhow::Ok((manager().await?, bus))
     })?;
     let cycle = |manager: &ManagerProxy<'_>| {
         runtime.block_on(async {
@@ -120,6 +118,13 @@ fn attach_release(lab: &mut Lab, vf: &str) -> Result<()> {
         lab.bench(row)?;
     }
     Ok(())
+}
+
+/// The daemon, at its own socket.
+async fn manager() -> Result<ManagerProxy<'static>> {
+    let socket = Builder::unix_stream(UnixStream::connect(PRIVATE_SOCKET)?).p2p();
+    let manager = ManagerProxy::builder(&socket.build().await?).destination(BUS_NAME);
+    Ok(manager.cache_properties(CacheProperties::No).build().await?)
 }
 
 /// The same with a process for each operation, as scripts and hooks do it.

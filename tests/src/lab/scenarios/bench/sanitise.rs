@@ -6,14 +6,14 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use libvfio::client::{ManagerProxy, Options};
+use libvfio::client::Options;
 use libvfio::host::HostRoot;
 use libvfio::scrub::{ReadBack, Scrubber};
 use libvfio::step::Step;
 use libvfio::vfio::Memory;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::{SOME, peers, timed};
+use super::{SOME, manager, peers, timed};
 use crate::lab::{Lab, command, sysfs};
 use crate::machine::{GPU, GPU_AUDIO, NIC};
 use crate::protocol::{BenchRow, median};
@@ -33,8 +33,7 @@ pub(super) fn run(lab: &mut Lab) -> Result<()> {
 /// A release that resets (FLR), beside the kernel's reset and the bare writes that give back.
 fn release(lab: &mut Lab, vf: &str) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let connection = runtime.block_on(zbus::Connection::system())?;
-    let manager = runtime.block_on(ManagerProxy::new(&connection))?;
+    let manager = runtime.block_on(manager())?;
     let settle = || command::run(["udevadm", "settle"])?.success();
     let (mut ours, mut floor) = (Vec::new(), Vec::new());
     for _ in 0..SOME {
