@@ -88,7 +88,7 @@ pub struct Mac(pub(crate) [u8; 6]);
 
 /// Longest text of a setting, in bytes.
 const LONGEST: usize = 1024;
-/// The words for a link, in the order of the kernel's numbers.
+/// The words for a link.
 pub const LINKS: [&str; 3] = ["auto", "up", "down"];
 /// The words for a scheduling priority.
 pub const PRIORITIES: [&str; 3] = ["low", "normal", "high"];

@@ -1,17 +1,18 @@
 //! What a network card's physical function decides for each of its virtual ones. Talks to the
 //! kernel's routing netlink (rtnetlink(7)) of this machine; described hosts have none of it.
 
-mod link;
-
 use std::io;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    LinkAttribute, LinkExtentMask, LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState, VfInfoMac,
+    VfInfoRate, VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState,
+};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
-
-use link::{LinkMessage, VfInfo};
 
 use super::{VfBackend, Virtual, number, unsupported};
 use crate::host::{HostRoot, SysDir};
@@ -27,10 +28,20 @@ impl VfBackend for Network {
 
     fn offers(&self, host: &HostRoot, function: &Virtual) -> io::Result<Vec<Capability>> {
         let Some((interface, net)) = interface(host, function) else { return Ok(Vec::new()) };
-        let answer = ask(LinkMessage::question(interface), 0)?;
+        let mut link = LinkMessage::default();
+        link.header.index = interface;
+        link.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::Vf]));
+        let answer = ask(RouteNetlinkMessage::GetLink(link), 0)?;
+        let Some(RouteNetlinkMessage::NewLink(link)) = answer else { return Ok(Vec::new()) };
+        let all = link.attributes.into_iter().filter_map(|attribute| match attribute {
+            LinkAttribute::VfInfoList(all) => Some(all),
+            _ => None,
+        });
+        let own = |info: &LinkVfInfo| info.0.iter().any(|part| is_of(part, function.index));
+        let own = all.flatten().find(own);
+        let parts = own.iter().flat_map(|info| &info.0);
         // Unknown (-1) where there is no link.
         let speed = number::<u64>(&net, "speed").filter(|speed| *speed > 0);
-        let parts = answer.iter().flat_map(|link| link.of(function.index));
         Ok(parts.filter_map(|part| capability(part, speed)).collect())
     }
 
@@ -42,8 +53,11 @@ impl VfBackend for Network {
         value: &Value,
     ) -> io::Result<()> {
         let (interface, _) = interface(host, function).ok_or_else(unsupported)?;
-        let part = part(setting, value).ok_or_else(unsupported)?;
-        ask(LinkMessage::change(interface, function.index, part), NLM_F_ACK).map(drop)
+        let part = part(function.index, setting, value).ok_or_else(unsupported)?;
+        let mut link = LinkMessage::default();
+        link.header.index = interface;
+        link.attributes.push(LinkAttribute::VfInfoList(vec![LinkVfInfo(vec![part])]));
+        ask(RouteNetlinkMessage::SetLink(link), NLM_F_ACK).map(drop)
     }
 }
 
@@ -58,49 +72,75 @@ fn interface(host: &HostRoot, function: &Virtual) -> Option<(u32, SysDir)> {
 }
 
 /// What the kernel is told so that a setting becomes that.
-fn part(setting: Setting, value: &Value) -> Option<VfInfo> {
+fn part(index: u32, setting: Setting, value: &Value) -> Option<VfInfo> {
     Some(match (setting, value) {
-        (Setting::Mac, Value::Text(mac)) => VfInfo::Mac(mac.parse::<Mac>().ok()?.0),
-        (Setting::Vlan, Value::Number(vlan)) => VfInfo::Vlan(u32::try_from(*vlan).ok()?),
-        (Setting::SpoofCheck, Value::Flag(on)) => VfInfo::SpoofCheck(*on),
-        (Setting::Trust, Value::Flag(on)) => VfInfo::Trust(*on),
-        (Setting::Link, Value::Text(link)) => {
-            let state = LINKS.iter().position(|word| word == link)?;
-            VfInfo::LinkState(u32::try_from(state).ok()?)
+        (Setting::Mac, Value::Text(mac)) => {
+            VfInfo::Mac(VfInfoMac::new(index, &mac.parse::<Mac>().ok()?.0))
         }
-        (Setting::MaxRate, Value::Number(rate)) => VfInfo::MaxRate(u32::try_from(*rate).ok()?),
+        (Setting::Vlan, Value::Number(vlan)) => {
+            VfInfo::Vlan(VfInfoVlan::new(index, u32::try_from(*vlan).ok()?, 0))
+        }
+        (Setting::SpoofCheck, Value::Flag(on)) => {
+            VfInfo::SpoofCheck(VfInfoSpoofCheck::new(index, *on))
+        }
+        (Setting::Trust, Value::Flag(on)) => VfInfo::Trust(VfInfoTrust::new(index, *on)),
+        (Setting::Link, Value::Text(link)) => {
+            let state = match link.as_str() {
+                "auto" => VfLinkState::Auto,
+                "up" => VfLinkState::Enable,
+                "down" => VfLinkState::Disable,
+                _ => return None,
+            };
+            VfInfo::LinkState(VfInfoLinkState::new(index, state))
+        }
+        (Setting::MaxRate, Value::Number(rate)) => {
+            VfInfo::Rate(VfInfoRate::new(index, 0, u32::try_from(*rate).ok()?))
+        }
         _ => return None,
     })
 }
 
 /// The setting that the kernel tells of in a part of its answer. `speed` is that of the link.
-fn capability(part: VfInfo, speed: Option<u64>) -> Option<Capability> {
+fn capability(part: &VfInfo, speed: Option<u64>) -> Option<Capability> {
     let (setting, value, limits) = match part {
-        VfInfo::Mac(mac) => (Setting::Mac, Value::Text(Mac(mac).to_string()), Limits::Any),
+        VfInfo::Mac(mac) => {
+            let mac = Mac(*mac.mac.first_chunk()?);
+            (Setting::Mac, Value::Text(mac.to_string()), Limits::Any)
+        }
         VfInfo::Vlan(vlan) => {
             let limits = Limits::Range { least: 0, most: Some(4094) };
-            (Setting::Vlan, Value::Number(vlan.into()), limits)
+            (Setting::Vlan, Value::Number(vlan.vlan_id.into()), limits)
         }
-        VfInfo::SpoofCheck(on) => (Setting::SpoofCheck, Value::Flag(on), Limits::Any),
-        VfInfo::Trust(on) => (Setting::Trust, Value::Flag(on), Limits::Any),
-        VfInfo::LinkState(state) => {
-            let word = *LINKS.get(usize::try_from(state).ok()?)?;
+        VfInfo::SpoofCheck(check) => (Setting::SpoofCheck, Value::Flag(check.enabled), Limits::Any),
+        VfInfo::Trust(trust) => (Setting::Trust, Value::Flag(trust.enabled), Limits::Any),
+        VfInfo::LinkState(link) => {
+            let word = match link.state {
+                VfLinkState::Auto => "auto",
+                VfLinkState::Enable => "up",
+                VfLinkState::Disable => "down",
+                _ => return None,
+            };
             let limits = Limits::Choices(LINKS.map(Choice::plain).to_vec());
             (Setting::Link, Value::Text(word.to_owned()), limits)
         }
-        VfInfo::MaxRate(rate) => {
+        VfInfo::Rate(rate) => {
             let limits = Limits::Range { least: 0, most: speed };
-            (Setting::MaxRate, Value::Number(rate.into()), limits)
+            (Setting::MaxRate, Value::Number(rate.max_tx_rate.into()), limits)
         }
+        _ => return None,
     };
     Some(Capability { setting, value, limits })
 }
 
+fn is_of(part: &VfInfo, index: u32) -> bool {
+    matches!(part, VfInfo::Mac(mac) if mac.vf_id == index)
+}
+
 /// One request and its answer, or its error.
-fn ask(message: LinkMessage, flags: u16) -> io::Result<Option<LinkMessage>> {
+fn ask(message: RouteNetlinkMessage, flags: u16) -> io::Result<Option<RouteNetlinkMessage>> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
-    let mut packet = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+    let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(message));
     packet.finalize();
     let mut bytes = vec![0; packet.buffer_len()];
     packet.serialize(&mut bytes);
@@ -110,7 +150,7 @@ fn ask(message: LinkMessage, flags: u16) -> io::Result<Option<LinkMessage>> {
     socket.send(&bytes, 0)?;
     let (answer, _) = socket.recv_from_full()?;
     let odd = |error| io::Error::new(io::ErrorKind::InvalidData, format!("{error}"));
-    match NetlinkMessage::<LinkMessage>::deserialize(&answer).map_err(odd)?.payload {
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(odd)?.payload {
         NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
         NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
         _ => Ok(None),
@@ -132,19 +172,19 @@ mod tests {
             (Setting::Link, text("down")),
             (Setting::MaxRate, Value::Number(100)),
         ] {
-            let told = capability(part(setting, &value).unwrap(), Some(1000)).unwrap();
+            let told = capability(&part(3, setting, &value).unwrap(), Some(1000)).unwrap();
             assert_eq!((told.setting, &told.value), (setting, &value));
             assert!(told.admits(&value));
         }
-        assert_eq!(part(Setting::Vlan, &Value::Number(1 << 32)), None);
-        assert_eq!(part(Setting::Msix, &Value::Number(1)), None);
+        assert_eq!(part(3, Setting::Vlan, &Value::Number(1 << 32)), None);
+        assert_eq!(part(3, Setting::Msix, &Value::Number(1)), None);
     }
 
     #[test]
     fn no_rate_is_beyond_the_link() {
-        let rate = VfInfo::MaxRate(0);
-        let told = capability(rate, Some(1000)).unwrap();
+        let rate = VfInfo::Rate(VfInfoRate::new(0, 0, 0));
+        let told = capability(&rate, Some(1000)).unwrap();
         assert!(!told.admits(&Value::Number(1001)));
-        assert!(capability(rate, None).unwrap().admits(&Value::Number(1001)));
+        assert!(capability(&rate, None).unwrap().admits(&Value::Number(1001)));
     }
 }
