@@ -9,7 +9,7 @@ use libvfio::modalias::same_driver;
 use libvfio::pci::{Function, Identity};
 use libvfio::step::{Outcome, Step};
 
-use crate::lease::{Lease, State};
+use crate::lease::{Lease, Recorded, State};
 
 /// Brings a lease up to date by the kernel. Between two writes there is one step, so one that may
 /// have been recorded as done and the one after it that may have begun. When in doubt a lease
@@ -63,7 +63,21 @@ pub(super) fn caught_up(
                     .is_some_and(|f| !same_driver(f.driver.as_deref(), Some(driver))),
                 step => numbered(inventory, step, after(*at)),
             };
-            if let Some(at) = next.filter(home) {
+            // One that has left the driver it was cleared on may not be clear, for all that is known: it
+            // goes back there, to be cleared once more.
+            let return_to = |at: usize| match (&lease.backward[at].step, after(at)?) {
+                (Step::Scrub { device, .. }, left @ Step::Unbind { device: of, driver })
+                    if device == of =>
+                {
+                    let now = function(*device)?.driver.as_deref();
+                    let has_left = !same_driver(now, Some(driver));
+                    has_left.then(|| left.inverse()).flatten().map(|bind| (at, bind))
+                }
+                _ => None,
+            };
+            if let Some((at, bind)) = next.and_then(return_to) {
+                lease.backward.splice(at..at, Recorded::todo([bind]));
+            } else if let Some(at) = next.filter(home) {
                 lease.backward[at].outcome = Some(Outcome::AlreadySo);
             }
         }
