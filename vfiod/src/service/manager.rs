@@ -192,6 +192,7 @@ impl ManagerObject {
 
     #[zbus(out_args("lease"))]
     fn describe_lease(&self, id: &str) -> Result<LeaseRecord, Failure> {
+        check_name("lease", id)?;
         self.caller.broker.of_lease(id, Lease::record).ok_or_else(|| no_lease(id))
     }
 
