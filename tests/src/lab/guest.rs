@@ -32,8 +32,10 @@ pub struct Guest {
 
 impl Guest {
     /// Starts a guest with these functions of the lab and waits until it has booted.
+    ///
+    /// Their ROMs are left out: the guest's firmware would run them, and write into their memory.
     pub fn start<'a>(addresses: impl IntoIterator<Item = &'a str>) -> Result<Self> {
-        let device = |address| ["-device".to_owned(), format!("vfio-pci,host={address}")];
+        let device = |address| ["-device".to_owned(), format!("vfio-pci,host={address},rombar=0")];
         Self::with(addresses.into_iter().flat_map(device))
     }
 
