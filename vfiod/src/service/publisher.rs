@@ -36,8 +36,12 @@ pub(super) async fn run(
     let groups = members(&caller);
     let mut publisher =
         Publisher { connection, caller, groups, news: Vec::new(), changed: BTreeMap::new() };
-    while let Some(change) = changes.recv().await {
-        publisher.place(change).await;
+    loop {
+        // While it told of some, others may have come.
+        if publisher.news.is_empty() {
+            let Some(change) = changes.recv().await else { return };
+            publisher.place(change).await;
+        }
         let until = Instant::now() + GATHERING;
         while !publisher.news.is_empty() && publisher.news.len() < MOST_UNTOLD {
             match timeout_at(until, changes.recv()).await {
@@ -45,7 +49,7 @@ pub(super) async fn run(
                 Ok(None) | Err(_) => break,
             }
         }
-        publisher.tell().await;
+        publisher.tell(&mut changes).await;
     }
 }
 
@@ -174,8 +178,9 @@ impl Publisher {
         Ok(())
     }
 
-    /// Tells all there is to be told.
-    async fn tell(&mut self) {
+    /// Tells all there is to be told. Whoever waits meanwhile for what comes after it does not wait for
+    /// all of that.
+    async fn tell(&mut self, changes: &mut UnboundedReceiver<Change>) {
         for news in std::mem::take(&mut self.news) {
             // What happens to leases changes their devices too, which is told once for both.
             if !matches!(
@@ -186,6 +191,9 @@ impl Publisher {
             }
             if let Err(error) = self.publish(news).await {
                 warn!(%error, "a change could not be told on the bus");
+            }
+            while let Ok(change) = changes.try_recv() {
+                self.place(change).await;
             }
         }
         self.flush().await;
