@@ -170,6 +170,11 @@ pub fn parse(bytes: &[u8]) -> ConfigSpace {
 }
 
 impl ConfigSpace {
+    /// Whether reads of it return nothing but ones: its function has gone, or is out of reach in D3cold.
+    pub fn is_silent(&self) -> bool {
+        self.coverage > 0 && !self.alive
+    }
+
     fn read_capabilities(&mut self, header: &Header, bytes: &[u8]) {
         if let HeaderType::Other(number) = header.header_type {
             self.note(ConfigProblem::UnknownHeaderType(number));

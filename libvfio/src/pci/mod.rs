@@ -248,8 +248,7 @@ impl Function {
         self.driver = dir.link_name("driver");
         self.stuck = driver_override.as_ref().is_err_and(Error::timed_out);
         self.driver_override = or_note.default(driver_override).filter(|name| is_set(name));
-        let vfio_devices = self.driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
-        self.vfio_device = vfio_devices.and_then(|names| names.into_iter().next());
+        self.vfio_device = vfio_device(dir, self.driver.as_deref());
         self.iommu_group = dir.link_name("iommu_group").and_then(|n| or_note.parse("group", &n));
         self.reset_methods = or_note
             .default(dir.attr("reset_method"))
@@ -279,9 +278,9 @@ impl Function {
         self.ids.class.is_some_and(|class| class >> 8 == 0x0604)
     }
 
-    /// Whether it is on a VFIO driver: any variant on kernels with `vfio-dev/`, else `vfio-pci`.
+    /// Whether it is on a VFIO driver.
     pub fn on_vfio(&self) -> bool {
-        self.vfio_device.is_some() || self.driver.as_deref() == Some("vfio-pci")
+        is_vfio(self.driver.as_deref(), self.vfio_device.as_deref())
     }
 
     /// The physical function, if this is a virtual one.
@@ -302,8 +301,18 @@ impl Function {
 
     /// Whether configuration reads return nothing but ones: gone, or unreachable in D3cold.
     pub fn is_silent(&self) -> bool {
-        self.config.coverage > 0 && !self.config.alive
+        self.config.is_silent()
     }
+}
+
+/// The name of the VFIO character device of a function that has this driver.
+fn vfio_device(dir: &SysDir, driver: Option<&str>) -> Option<String> {
+    driver.and_then(|_| dir.sub("vfio-dev").list().ok())?.into_iter().next()
+}
+
+/// Whether a driver is one of VFIO's: any variant on kernels with `vfio-dev/`, else `vfio-pci`.
+fn is_vfio(driver: Option<&str>, vfio_device: Option<&str>) -> bool {
+    vfio_device.is_some() || driver == Some("vfio-pci")
 }
 
 /// The virtual functions a physical one has now, by its links to them, in the order of their
@@ -347,14 +356,12 @@ impl Condition {
         let config = config::parse(&bytes);
         let uevent = dir.attr("uevent").ok().flatten().unwrap_or_default();
         let driver = dir.link_name("driver");
-        let vfio_devices = driver.as_ref().and_then(|_| dir.sub("vfio-dev").list().ok());
         let (registers, _) = bytes.get(0x10..0x28).unwrap_or_default().as_chunks::<4>();
         let bars = <[[u8; 4]; 6]>::try_from(registers).ok().filter(|_| config.alive);
         Some(Self {
             ids: Ids::read(&dir, &uevent, &config, &mut Noting(&mut Vec::new())),
             is_virtual: dir.link_name("physfn").is_some(),
-            on_vfio: vfio_devices.is_some_and(|all| !all.is_empty())
-                || driver.as_deref() == Some("vfio-pci"),
+            on_vfio: is_vfio(driver.as_deref(), vfio_device(&dir, driver.as_deref()).as_deref()),
             driver,
             bars: bars.map(|all| all.map(u32::from_le_bytes)),
             power_state: dir.attr("power_state").ok().flatten(),

@@ -25,11 +25,6 @@ impl Health {
         self.found.driver.as_deref().filter(|_| !self.found.on_vfio)
     }
 
-    /// Whether configuration reads return nothing but ones.
-    fn is_silent(&self) -> bool {
-        self.found.config.coverage > 0 && !self.found.config.alive
-    }
-
     fn link(&self) -> Option<Link> {
         self.found.config.pcie().and_then(|express| express.link)
     }
@@ -43,7 +38,7 @@ impl Health {
         let Some(now) = now else {
             return wrong(format!("{name}"), "no device".into());
         };
-        if now.is_silent() {
+        if now.found.config.is_silent() {
             return wrong(
                 format!("an answer of {name}"),
                 "all ones in its configuration space".into(),
@@ -70,7 +65,7 @@ impl Health {
             }
         }
         let serial = |health: &Self| health.found.config.serial().map(|s| s.to_string());
-        if !self.is_silent() && serial(self) != serial(now) {
+        if !self.found.config.is_silent() && serial(self) != serial(now) {
             let say = |serial: Option<String>| serial.unwrap_or_else(|| "none".into());
             return wrong(format!("serial number {}", say(serial(self))), say(serial(now)));
         }
@@ -86,7 +81,7 @@ impl Health {
             );
         }
         if let (Some(before), Some(after)) = (self.link(), now.link())
-            && !self.is_silent()
+            && !self.found.config.is_silent()
             && (after.current_speed < before.current_speed
                 || after.current_width < before.current_width)
         {
