@@ -350,7 +350,7 @@ impl Broker {
 
     /// One lease.
     pub fn lease(&self, id: &str) -> Option<Lease> {
-        self.data().leases.get(id).cloned()
+        self.of_lease(id, Lease::clone)
     }
 
     /// The function a name means.

@@ -266,9 +266,8 @@ impl Broker {
             self.tell_step(pool, device, &recorded.step.to_string());
         }
         self.note(&lease, Event::Policy, &task);
-        let walked = lease.clone();
-        self.close(lease, &[], None);
-        reply.give(Ok(walked));
+        self.close(&mut lease, &[], None);
+        reply.give(Ok(lease));
     }
 
     /// What applying the policy came to when the host booted.

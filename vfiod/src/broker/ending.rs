@@ -194,7 +194,7 @@ impl Broker {
         let why = why.into_iter().chain(errors.iter().map(String::as_str)).collect::<Vec<_>>();
         self.note(&lease, event, &why.join("; "));
         let kind = failures.first().map_or(ErrorKind::Internal, Stopped::kind);
-        self.close(lease.clone(), &failures, message.as_deref());
+        self.close(&mut lease, &failures, message.as_deref());
         reply.give(match message {
             None => Ok(()),
             Some(message) => Err(Failure::new(
@@ -361,13 +361,13 @@ impl Broker {
     }
 
     /// Files a lease whose way back was walked: forgotten if all went well, else kept as failed.
-    pub(super) fn close(&self, mut lease: Lease, failures: &[Stopped], reason: Option<&str>) {
+    pub(super) fn close(&self, lease: &mut Lease, failures: &[Stopped], reason: Option<&str>) {
         let reasons: Vec<&str> = lease.failure.as_deref().into_iter().chain(reason).collect();
         lease.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
         self.data().asked.remove(&lease.id);
         let ended = failures.is_empty() && lease.failure.is_none();
         // First: whoever attaches next plans by how its devices are now, not by a look half way.
-        let changes = self.refresh_leased(&lease);
+        let changes = self.refresh_leased(lease);
         let state = if ended { "released" } else { State::Failed.name() };
         if ended {
             if let Err(error) = self.walker.ledger.remove(&lease.id) {
@@ -376,7 +376,7 @@ impl Broker {
             self.data().leases.remove(&lease.id);
         } else {
             lease.state = State::Failed;
-            if let Err(error) = self.walker.ledger.write(&lease) {
+            if let Err(error) = self.walker.ledger.write(lease) {
                 error!(lease = lease.id, %error, "cannot record that the lease failed");
             }
             self.data().leases.insert(lease.id.clone(), lease.clone());
@@ -387,7 +387,7 @@ impl Broker {
             let reason = lease.reason.clone();
             self.tell(Change::LeaseChanged { id: lease.id.clone(), state, reason });
         }
-        self.tell_holder_changed(&lease);
+        self.tell_holder_changed(lease);
         self.ended.notify_all();
     }
 
@@ -457,7 +457,7 @@ impl Broker {
         }
         let told: Vec<String> = std::iter::once(reason.clone()).chain(errors).collect();
         self.note(&lease, Event::Recovered, &told.join("; "));
-        self.close(lease, &failures, Some(&reason));
+        self.close(&mut lease, &failures, Some(&reason));
     }
 
     /// Looks for the process that a lease found on start is bound to.

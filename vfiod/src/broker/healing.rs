@@ -45,7 +45,7 @@ impl Broker {
         let walk = self.walker.walk(&lease.id, &late);
         if let Some(who) = self.held(&walk, &mut lease) {
             let failure = Failure::new(ErrorKind::Busy, format!("{who} open; close it first"));
-            self.close(lease, &[], None);
+            self.close(&mut lease, &[], None);
             return reply.give(Err(failure));
         }
         let walked = walk.forward(&mut lease);
@@ -53,11 +53,11 @@ impl Broker {
             let failure = Failure::new(stopped.kind(), stopped.to_string());
             self.distrust_unclean(&lease, std::slice::from_ref(&stopped));
             self.note(&lease, Event::Failed, &stopped.to_string());
-            self.close(lease, &[], None);
+            self.close(&mut lease, &[], None);
             return reply.give(Err(failure));
         }
         info!(devices = ?lease.devices.keys(), user = lease.owner, "healed: {}", done(&lease.forward));
-        self.close(lease, &[], None);
+        self.close(&mut lease, &[], None);
         reply.give(Ok(()));
     }
 }

@@ -217,7 +217,7 @@ impl Broker {
         }
         warn!(lease = lease.id, tenant = lease.tenant, message, "an attachment failed");
         self.note(&lease, Event::Failed, &message);
-        self.close(lease, &failures, Some(&message));
+        self.close(&mut lease, &failures, Some(&message));
         Failure::new(stopped.kind(), message)
     }
 

@@ -107,7 +107,7 @@ impl Broker {
         let task = lease.task.clone().unwrap_or_default();
         info!(%device, user = lease.owner, task, "virtual functions changed: {}", done(&lease.forward));
         self.note(&lease, Event::VirtualFunctions, &task);
-        self.close(lease, &[], None);
+        self.close(&mut lease, &[], None);
         reply.give(Ok(()));
     }
 

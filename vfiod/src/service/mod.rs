@@ -132,7 +132,8 @@ impl Caller {
         options: &ReleaseOptions,
     ) -> Result<(), Failure> {
         let user = self.authority.user(header).await?;
-        let others = |id: &String| self.broker.lease(id).is_some_and(|lease| lease.owner != user);
+        let others =
+            |id: &String| self.broker.of_lease(id, |lease| lease.owner != user) == Some(true);
         if !options.no_reset && !leases.iter().any(others) {
             return Ok(());
         }

@@ -131,7 +131,7 @@ impl Publisher {
             Change::PolicyStep { pool, device, text } => News::PolicyStep { pool, device, text },
             Change::GroupsChanged => return self.regroup().await,
             Change::LeaseChanged { id, state, reason }
-                if self.caller.broker.lease(&id).is_none() =>
+                if self.caller.broker.of_lease(&id, |_| ()).is_none() =>
             {
                 server.remove::<LeaseObject, _>(lease_path(&id)).await?;
                 News::LeaseEnded { id, state, reason }
