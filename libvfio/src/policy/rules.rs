@@ -12,8 +12,9 @@ use crate::pci::{Identity, Ids};
 /// Asks of one function what no rule can: prints its pool, or nothing.
 const ASK: &str = "/usr/libexec/vfiod-early %k";
 
-/// The text of the rules, where some pool is on VFIO from boot on. `known` are the devices that the policy has met by their place: another
-/// one there is not meant. `aliases` are the `vfio_pci:` lines of the module table.
+/// The text of the rules, where some pool is on VFIO from boot on. `known` are the devices that the
+/// policy has met by their place: another one there is not meant. `aliases` are the `vfio_pci:` lines
+/// of the module table.
 pub fn rules(
     policy: &Policy,
     facts: &Facts,
